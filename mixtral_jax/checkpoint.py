@@ -1,0 +1,106 @@
+"""Checkpoints with Orbax: parameters, optimizer state and metadata as separate items of one step.
+
+Arrays are stored under their names (`layers.w_gate_EDF`), so that a checkpoint does not depend on the layout of nnx or
+optax trees, and the parameters can be restored alone, on any mesh.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from mixtral_jax.config import UserError
+from mixtral_jax.sharding import named_leaves
+
+
+def _refill(like, leaves: dict[str, jax.Array]):
+    order = list(named_leaves(like))
+    return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in order])
+
+
+def _abstract(like) -> dict[str, jax.ShapeDtypeStruct]:
+    return {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in named_leaves(like).items()}
+
+
+class Checkpoints:
+    """The checkpoints of a run, in `workdir/checkpoints/STEP`, written in the background."""
+
+    def __init__(self, workdir: str | Path, keep: int = 1):
+        """Opens (or creates) the folder; `keep` is the number of latest checkpoints that stay."""
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self.folder = Path(workdir).resolve() / "checkpoints"
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def latest(self) -> int | None:
+        """The newest step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, params, opt_state, meta: dict[str, Any]) -> None:
+        """Starts a save and returns; arrays are copied before the call ends, so they may be donated afterwards."""
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(named_leaves(params)),
+            opt_state=ocp.args.StandardSave(named_leaves(opt_state)),
+            meta=ocp.args.JsonSave(meta),
+        )
+        self._manager.save(step, args=items)
+
+    def restore(self, step: int, params, opt_state) -> tuple[Any, Any, dict[str, Any]]:
+        """Restores a step onto the shardings of `params` and `opt_state` (arrays or ShapeDtypeStructs with shardings).
+
+        Returns:
+            params, opt_state, meta.
+        """
+        self._check_shapes(step, params)
+        items = ocp.args.Composite(
+            params=ocp.args.StandardRestore(_abstract(params)),
+            opt_state=ocp.args.StandardRestore(_abstract(opt_state)),
+            meta=ocp.args.JsonRestore(),
+        )
+        found = self._manager.restore(step, args=items)
+        return _refill(params, found["params"]), _refill(opt_state, found["opt_state"]), found["meta"]
+
+    def restore_params(self, step: int, params):
+        """Restores the parameters alone onto the shardings of `params`."""
+        self._check_shapes(step, params)
+        items = ocp.args.Composite(params=ocp.args.StandardRestore(_abstract(params)))
+        return _refill(params, self._manager.restore(step, args=items)["params"])
+
+    def _check_shapes(self, step: int, params) -> None:
+        """Refuses another model's checkpoint: Orbax would quietly pad or cut arrays of another shape."""
+        stored = self._manager.item_metadata(step)["params"]
+        stored = {name: tuple(leaf.shape) for name, leaf in stored.items()}
+        wanted = {name: tuple(leaf.shape) for name, leaf in named_leaves(params).items()}
+        if stored != wanted:
+            names = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
+            lines = [f"  {name}: checkpoint {stored.get(name)}, model {wanted.get(name)}" for name in names]
+            raise UserError(
+                f"the checkpoint {self.folder}/{step} is of another model; use its own config or another workdir:\n"
+                + "\n".join(lines)
+            )
+
+    def close(self) -> None:
+        """Waits for the save in flight and releases the folder."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def store_run(workdir: Path, config: dict) -> None:
+    """Writes config.json, what a run is resumed and evaluated with."""
+    (workdir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_run(workdir: Path) -> dict:
+    """Reads the config.json of a run.
+
+    Raises:
+        UserError: there is none, or it is not JSON.
+    """
+    path = Path(workdir) / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; --checkpoint takes the workdir of a run") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None

@@ -1,0 +1,62 @@
+"""The command line's manners: flags from absl, mistakes explained, exit status 0 done, 2 a mistake of the user's, 1 a fault."""
+
+import sys
+from collections.abc import Callable
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from mixtral_jax.config import Config, UserError, from_config_dict
+
+
+def define_config_flag():
+    """Defines `--config=FILE[:argument]` and, through it, `--config.group.key=value`."""
+    return config_flags.DEFINE_config_file(
+        "config",
+        help_string="A file of configs/, with its argument after a colon (configs/mixtral_8x7b.py:tiny). "
+        "--config.GROUP.KEY=VALUE changes one of its values.",
+        lock_config=True,
+    )
+
+
+def typed_config(value: ConfigDict | None) -> Config:
+    """Returns the typed configuration of the flag.
+
+    Raises:
+        UserError: the flag is missing, or the configuration is wrong.
+    """
+    if value is None:
+        raise UserError("--config is missing; for example --config=configs/tiny.py")
+    return from_config_dict(value)
+
+
+def run(main: Callable[[], None], usage: str) -> None:
+    """Parses flags, runs main, and exits; a UserError or a wrong flag is printed in one piece, without a stack trace.
+
+    Args:
+        main: the program; flags are parsed when it runs.
+        usage: printed by --help before the flags.
+    """
+    logging.set_verbosity(logging.WARNING)
+    if any(arg in ("--help", "-help", "-h") for arg in sys.argv[1:]):
+        print(usage.strip() + "\n\nFlags:\n" + flags.FLAGS.module_help(sys.modules["__main__"]))
+        sys.exit(0)
+    try:
+        _parse()
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parse() -> None:
+    try:
+        rest = flags.FLAGS(sys.argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
+        # A config file is a program: whatever it raises while it is read is about what the user asked for.
+        raise UserError(f"{error} (while reading the command line; --help shows the flags)") from error
+    if rest[1:]:
+        raise UserError(f"unexpected {' '.join(rest[1:])}; flags start with --, as in --config=configs/tiny.py")

@@ -1,0 +1,23 @@
+"""Text to batches: sources, tokenizers, the token cache, the packing plan and the loader. NumPy only, no JAX."""
+
+from mixtral_jax.data.cache import Corpus, TokenFile, build_cache
+from mixtral_jax.data.loader import Batches, prefetch
+from mixtral_jax.data.packing import Plan, pack
+from mixtral_jax.data.text import Document, documents, is_heldout
+from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+
+__all__ = [
+    "Batches",
+    "Corpus",
+    "Document",
+    "Plan",
+    "TokenFile",
+    "Tokenizer",
+    "build_cache",
+    "documents",
+    "is_heldout",
+    "load_tokenizer",
+    "pack",
+    "prefetch",
+    "train_sentencepiece",
+]

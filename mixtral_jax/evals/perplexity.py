@@ -1,0 +1,57 @@
+"""Held-out loss per token and bits per byte."""
+
+import jax
+import numpy as np
+
+from mixtral_jax.config import Config
+from mixtral_jax.data import Batches, TokenFile, pack
+from mixtral_jax.losses import token_losses
+from mixtral_jax.sharding import place
+
+
+class Perplexity:
+    """Scores a split of documents with a model; compiled once, called as often as wanted."""
+
+    def __init__(self, config: Config, tokens: TokenFile):
+        """Packs the split; rows and batch as in training, in the plan's own order."""
+        train = config.train
+        rows = train.batch_size // train.accumulation_steps
+        plan = pack(tokens.lengths, train.seq_len)
+        self._batches = Batches(tokens, plan, batch_size=rows, seq_len=train.seq_len, seed=0, shuffle=False)
+        self._bytes = int(tokens.bytes_.sum())
+        self._targets = int(tokens.lengths.sum() - len(tokens.lengths))
+        self._seq_len = train.seq_len
+
+        def sums(model, batch):
+            x_BTD, _ = model.hidden(batch["tokens_BT"], batch["positions_BT"], batch["segment_ids_BT"])
+            nll_BT, _ = token_losses(x_BTD, model.head_DV[...], batch["targets_BT"], config.loss.head_chunk)
+            return (nll_BT * batch["loss_weights_BT"]).sum(), batch["loss_weights_BT"].sum()
+
+        self._sums = jax.jit(sums)
+
+    def __call__(self, model, limit: int | None = None) -> dict[str, float]:
+        """Evaluates on the current mesh (`jax.set_mesh`).
+
+        Every token of a document but its first (BOS) is predicted once; a document longer than seq_len is cut, and each
+        piece starts without context.
+
+        Args:
+            model: the parameters.
+            limit: batches to read, spread evenly over the split; None reads every document.
+
+        Returns:
+            loss: nats per token; perplexity: exp(loss); bits_per_byte: over the UTF-8 bytes of the documents (with a
+            limit, over bytes at the split's mean bytes per token); tokens: predicted tokens.
+        """
+        count = self._batches.n_eval_batches
+        picked = range(count) if limit is None or limit >= count else np.linspace(0, count - 1, limit).astype(int)
+        mesh = jax.sharding.get_mesh()
+        parts = [self._sums(model, place(self._batches.eval_batch(int(k)), mesh)) for k in picked]
+        nll, weight = np.asarray(jax.device_get(parts), np.float64).sum(0)
+        loss = nll / weight
+        return {
+            "loss": float(loss),
+            "perplexity": float(np.exp(loss)),
+            "bits_per_byte": float(loss / np.log(2) * self._targets / self._bytes),
+            "tokens": int(weight),
+        }

@@ -1,0 +1,137 @@
+"""metrics.jsonl: one JSON object a line, written as the run goes, safe against crashes and resumed runs.
+
+Every line has "kind", "step" and "time" (seconds since 1970); the rest depends on the kind:
+
+    train    loss, token_loss (nats per token), balance_loss, router_z_loss, z_loss, gradient_norm, learning_rate,
+             tokens_per_second, mfu, and per layer: load_LE (share of the assignments), entropy_L (nats),
+             dropped_L (share), max_over_mean_L
+    heldout  loss (nats per token), bits_per_byte
+    sample   text
+    final    bits_per_byte, unigram_bits_per_byte, bigram_bits_per_byte
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class JsonlWriter:
+    """Appends metrics to a file, each line flushed at once; use as a context manager or close() it."""
+
+    def __init__(self, path: str | os.PathLike, resume_step: int | None = None):
+        """Opens the file for appending, creating it and its folder where needed.
+
+        A last line torn by a crash is cut off.
+
+        Args:
+            path: the file.
+            resume_step: the step a run resumes from: lines of later steps, which the run will write again, are dropped
+                (the file is replaced atomically). -1 starts afresh. None keeps all lines.
+
+        Raises:
+            ValueError: a line other than the last is not a JSON object.
+        """
+        self._path = Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        lines, clean = _read_lines(self._path) if self._path.exists() else ([], True)
+        kept = lines if resume_step is None else [line for line in lines if line[1].get("step", 0) <= resume_step]
+        if len(kept) < len(lines) or not clean:
+            _replace(self._path, "".join(text + "\n" for text, _ in kept))
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Appends one line.
+
+        Args:
+            kind: what the line is: train, heldout, sample or final.
+            step: number of optimizer steps done.
+            values: scalars, strings, None, and arrays or nested lists of numbers (NumPy, JAX or Python). Floats keep 7
+                digits, the precision of float32. NaN and infinity, which JSON lacks, become null, and the names of
+                their keys stand in "nonfinite".
+
+        Raises:
+            ValueError: a value named kind, step, time or nonfinite.
+        """
+        line = {"kind": kind, "step": int(step), "time": round(time.time(), 3)}
+        taken = sorted({*line, "nonfinite"} & set(values))
+        if taken:
+            raise ValueError(f"metrics named {', '.join(taken)}; these names are the writer's own")
+        nonfinite = []
+        for key, value in values.items():
+            line[key], finite = _plain(value)
+            if not finite:
+                nonfinite.append(key)
+        if nonfinite:
+            line["nonfinite"] = nonfinite
+        self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file; a second call does nothing."""
+        self._file.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict]:
+    """Reads the lines of a metrics file in order; a torn last line, of a crash or of a run still writing, is left out.
+
+    Raises:
+        ValueError: a line other than the last is not a JSON object.
+    """
+    return [line for _, line in _read_lines(Path(path))[0]]
+
+
+def _read_lines(path: Path) -> tuple[list[tuple[str, dict]], bool]:
+    """Returns (text, object) of each whole line, and whether the file was nothing but whole lines."""
+    # Split at newlines only: splitlines() would also split at U+2028, which a sample's text may hold.
+    texts = path.read_bytes().split(b"\n")
+    tail = texts.pop()  # empty where the last line is whole
+    lines, clean = [], not tail
+    for number, raw in enumerate([*texts, tail] if tail else texts, 1):
+        try:
+            text = raw.decode("utf-8")
+            line = json.loads(text)
+            if not isinstance(line, dict):
+                raise ValueError("not an object")
+        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both of this kind
+            if number < len(texts) + bool(tail):
+                raise ValueError(f"{path}, line {number}: not a JSON object ({error}); repair or remove it") from error
+            return lines, False
+        lines.append((text, line))
+    return lines, clean
+
+
+def _replace(path: Path, text: str) -> None:
+    """Replaces a file atomically: a crash leaves the old or the new one, never half of it."""
+    new = path.with_name(path.name + ".new")
+    with new.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
+def _plain(value: Any) -> tuple[Any, bool]:
+    """Converts a value to what JSON knows; returns it and whether all of it was finite."""
+    if value is None or isinstance(value, str | bool | int):
+        return value, True
+    if isinstance(value, float):
+        return (float(f"{value:.7g}"), True) if math.isfinite(value) else (None, False)
+    if isinstance(value, list | tuple):
+        pairs = [_plain(item) for item in value]
+        return [plain for plain, _ in pairs], all(finite for _, finite in pairs)
+    array = np.asarray(value)
+    if array.dtype.kind not in "biuf":  # ml_dtypes' bfloat16 is of kind V
+        array = array.astype(np.float32)
+    return _plain(array.tolist())

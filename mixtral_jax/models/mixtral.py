@@ -1,0 +1,156 @@
+"""Mixtral (arXiv 2401.04088) as a pytree: parameters and static configuration, nothing else."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.models import attention, moe
+from mixtral_jax.models.layers import apply_rope, normal, rms_norm, rope_table
+from mixtral_jax.sharding import constrain, named_leaves
+
+# What the backward pass finds stored; everything else inside a layer is computed again.
+REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "outputs": jax.checkpoint_policies.save_only_these_names("attention_out", "experts_out"),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Block(nnx.Module):
+    """One layer: x + attention(norm(x)), then x + experts(norm(x)). Weights are float32, without biases."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        c = config
+        d, n, g, h, f, e = c.d_model, c.num_heads, c.num_kv_heads, c.head_dim, c.d_ff, c.num_experts
+
+        def weight(*shape):
+            return nnx.Param(normal(rngs.params(), shape, c.init_std))
+
+        self.config = config
+        self.attention_norm_D = nnx.Param(jnp.ones(d))
+        self.w_q_DNH = weight(d, n, h)
+        self.w_k_DGH = weight(d, g, h)
+        self.w_v_DGH = weight(d, g, h)
+        self.w_o_NHD = weight(n, h, d)
+        self.experts_norm_D = nnx.Param(jnp.ones(d))
+        self.w_router_DE = weight(d, e)
+        self.w_gate_EDF = weight(e, d, f)
+        self.w_up_EDF = weight(e, d, f)
+        self.w_down_EFD = weight(e, f, d)
+        if c.router_bias:
+            self.router_bias_E = nnx.Param(jnp.zeros(e))
+
+    def attention(self, x_BTD, rope, visible_BTS):
+        """Grouped-query self-attention; returns [B, T, D] in x's dtype."""
+        dtype = x_BTD.dtype
+        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.w_q_DNH[...].astype(dtype))
+        k_BTGH = jnp.einsum("BTD,DGH->BTGH", x_BTD, self.w_k_DGH[...].astype(dtype))
+        v_BTGH = jnp.einsum("BTD,DGH->BTGH", x_BTD, self.w_v_DGH[...].astype(dtype))
+        q_BTNH = constrain(apply_rope(q_BTNH, *rope), "BTNH")
+        k_BTGH = constrain(apply_rope(k_BTGH, *rope), "BTGH")
+        out_BTNH = attention.attend(q_BTNH, k_BTGH, v_BTGH, visible_BTS)
+        return constrain(jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.w_o_NHD[...].astype(dtype)), "BTD")
+
+    def experts(self, x_BTD, valid_BT):
+        """Mixture of experts; returns [B, T, D] in x's dtype and RouterStats."""
+        dtype = x_BTD.dtype
+        logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), self.w_router_DE[...])
+        bias_E = self.router_bias_E[...] if self.config.router_bias else None
+        logits_BTE = constrain(logits_BTE, "BTE")
+        gates_BTK, index_BTK, stats = moe.route(logits_BTE, bias_E, valid_BT, self.config.experts_per_token)
+        weights = (w[...].astype(dtype) for w in (self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD))
+        out_BTD, computed = moe.experts(x_BTD, gates_BTK, index_BTK, *weights, self.config)
+        return constrain(out_BTD, "BTD"), stats._replace(dropped=stats.count_E.sum() - computed)
+
+    def __call__(self, x_BTD, rope, visible_BTS, valid_BT):
+        """Returns the layer's output [B, T, D] and its RouterStats."""
+        eps = self.config.norm_eps
+        with jax.named_scope("attention"):
+            out_BTD = self.attention(rms_norm(x_BTD, self.attention_norm_D[...], eps), rope, visible_BTS)
+            x_BTD = x_BTD + checkpoint_name(out_BTD, "attention_out")
+        with jax.named_scope("experts"):
+            out_BTD, stats = self.experts(rms_norm(x_BTD, self.experts_norm_D[...], eps), valid_BT)
+            x_BTD = x_BTD + checkpoint_name(out_BTD, "experts_out")
+        return x_BTD, stats
+
+
+class Mixtral(nnx.Module):
+    """Embedding, L stacked blocks, final norm, untied head."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        v, d = config.vocab_size, config.d_model
+        self.embedding_VD = nnx.Param(normal(rngs.params(), (v, d), config.init_std))
+        stack = nnx.vmap(lambda rngs: Block(config, rngs), graph=False)
+        self.layers = stack(rngs.split(config.num_layers))
+        self.final_norm_D = nnx.Param(jnp.ones(d))
+        self.head_DV = nnx.Param(normal(rngs.params(), (d, v), config.init_std))
+
+    def hidden(self, tokens_BT, positions_BT, segment_ids_BT):
+        """All but the head.
+
+        Args:
+            tokens_BT: int32 token ids.
+            positions_BT: int32 position of each token in its own document.
+            segment_ids_BT: int32 document of each token in its row; 0 is padding.
+
+        Returns:
+            x_BTD after the final norm, in config.dtype; RouterStats with a leading L.
+        """
+        c = self.config
+        valid_BT = segment_ids_BT > 0
+        x_BTD = constrain(self.embedding_VD[...][tokens_BT].astype(c.dtype), "BTD")
+        rope = rope_table(positions_BT, c.head_dim, c.rope_theta)
+        visible_BTS = attention.visible(segment_ids_BT, positions_BT, c.sliding_window)
+
+        def body(x_BTD, block):
+            return block(x_BTD, rope, visible_BTS, valid_BT)
+
+        if c.remat != "none":
+            body = jax.checkpoint(body, policy=REMAT[c.remat], prevent_cse=not c.scan_layers)
+        x_BTD, stats_L = scan_layers(body, x_BTD, self.layers, c)
+        return rms_norm(x_BTD, self.final_norm_D[...], c.norm_eps), stats_L
+
+    def __call__(self, tokens_BT, positions_BT, segment_ids_BT):
+        """The full logits: float32 [B, T, V], and RouterStats with a leading L. Training uses `hidden` and chunks."""
+        x_BTD, stats_L = self.hidden(tokens_BT, positions_BT, segment_ids_BT)
+        head_DV = self.head_DV[...].astype(x_BTD.dtype)
+        return jnp.einsum("BTD,DV->BTV", x_BTD, head_DV, preferred_element_type=jnp.float32), stats_L
+
+
+def scan_layers(body, x_BTD, layers: Block, config: ModelConfig):
+    """Runs `body` over the stacked layers: one compiled body, or unrolled when config.scan_layers is off."""
+    if config.scan_layers:
+        return lax.scan(body, x_BTD, layers)
+    outputs = []
+    for i in range(config.num_layers):
+        x_BTD, out = body(x_BTD, jax.tree.map(lambda a, i=i: a[i], layers))
+        outputs.append(out)
+    return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+
+def init(config: ModelConfig, key) -> Mixtral:
+    """A model with random float32 weights: normal with std init_std, norms 1. Trace it under jit for large shapes."""
+    return Mixtral(config, nnx.Rngs(params=key))
+
+
+def abstract(config: ModelConfig) -> Mixtral:
+    """The model with ShapeDtypeStructs for weights: any size, no memory."""
+    return jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+
+
+def parameter_counts(config: ModelConfig) -> tuple[int, int]:
+    """Counts parameters from abstract shapes.
+
+    Returns:
+        total, active: active counts K of the E experts, the input embedding included.
+    """
+    total = active = 0
+    for name, leaf in named_leaves(abstract(config)).items():
+        total += leaf.size
+        is_expert = name.rpartition(".")[2] in ("w_gate_EDF", "w_up_EDF", "w_down_EFD")
+        active += leaf.size * config.experts_per_token // config.num_experts if is_expert else leaf.size
+    return total, active

@@ -1,0 +1,162 @@
+"""The mesh, and shardings read off names.
+
+A name such as `w_gate_EDF` says its own sharding: each letter maps to a mesh axis (docs/design.md has the legend).
+Parameters and activations have separate tables because D is split over `fsdp` in weights and whole in activations.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mixtral_jax.config import AXES, MeshConfig
+
+BATCH = ("data", "fsdp", "expert")
+
+PARAM_AXES = {
+    "D": "fsdp",
+    "E": "expert",
+    "F": "tensor",
+    "G": "tensor",
+    "H": None,
+    "L": None,
+    "N": "tensor",
+    "V": "tensor",
+}
+ACT_AXES = {
+    "B": BATCH,
+    "C": None,  # positions inside one chunk of the head
+    "D": None,
+    "E": None,
+    "G": "tensor",
+    "H": None,
+    "K": None,
+    "L": None,
+    "N": "tensor",
+    "S": None,
+    "T": "context",
+    "V": "tensor",
+}
+# The one exception: D over fsdp would make every lookup gather the table, so V takes both axes and D stays whole.
+EXCEPTIONS = {"embedding_VD": (("tensor", "fsdp"), None)}
+
+
+def make_mesh(config: MeshConfig, devices=None) -> Mesh:
+    """Builds the mesh with all five axes named, in the order `config.AXES`.
+
+    Args:
+        config: resolved sizes (none is -1).
+        devices: the devices to use; default: all of them, ordered so that neighbours on the mesh are near.
+    """
+    shape = tuple(getattr(config, axis) for axis in AXES)
+    types = (AxisType.Auto,) * len(AXES)
+    if devices is None:
+        return jax.make_mesh(shape, AXES, axis_types=types)
+    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=types)
+
+
+def _spec(letters: str, table: dict, name: str) -> PartitionSpec:
+    unknown = [letter for letter in letters if letter not in table]
+    if unknown or not letters:
+        raise ValueError(f"{name!r}: no sharding is known for {unknown or 'an empty suffix'}; letters: {''.join(table)}")
+    return PartitionSpec(*(table[letter] for letter in letters))
+
+
+def suffix(name: str) -> str:
+    """Returns the shape letters of a name: `w_gate_EDF` -> `EDF`.
+
+    Raises:
+        ValueError: the name has no suffix of capitals.
+    """
+    letters = name.rpartition("_")[2]
+    if not letters.isalpha() or not letters.isupper():
+        raise ValueError(f"{name!r} does not end in shape letters such as _EDF")
+    return letters
+
+
+def param_spec(name: str, ndim: int) -> PartitionSpec:
+    """Reads a parameter's PartitionSpec off its name; one dimension more than letters is the stacked layers'.
+
+    Raises:
+        ValueError: unknown letter, missing suffix, or a rank that does not fit.
+    """
+    letters = suffix(name)
+    spec = PartitionSpec(*EXCEPTIONS[name]) if name in EXCEPTIONS else _spec(letters, PARAM_AXES, name)
+    if ndim == len(letters) + 1:
+        return PartitionSpec(None, *spec)
+    if ndim != len(letters):
+        raise ValueError(f"{name!r} names {len(letters)} dimensions and the array has {ndim}")
+    return spec
+
+
+def act_spec(letters: str) -> PartitionSpec:
+    """PartitionSpec of an activation with these letters, such as `BTD`."""
+    return _spec(letters, ACT_AXES, letters)
+
+
+def constrain(x, letters: str):
+    """Pins an activation's sharding to its letters; without a mesh it returns `x` untouched, so unit tests need none."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, act_spec(letters))
+
+
+def path_names(path) -> list[str]:
+    """The readable parts of a tree path, without nnx's `value`: `['layers', 'w_gate_EDF']`."""
+    parts = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path]
+    return [part for part in parts if part != "value"]
+
+
+def named_leaves(tree) -> dict[str, jax.Array]:
+    """Flattens a pytree to `{'layers.w_gate_EDF': leaf, ...}`; the names are what checkpoints and logs use."""
+    return {".".join(path_names(path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def tree_shardings(tree, mesh: Mesh, params):
+    """NamedShardings for any tree that holds parameters or arrays that mirror them (gradients, moments).
+
+    A leaf whose path ends in a parameter's path and whose shape is that parameter's is sharded like it. Anything else
+    (counters, factored statistics) is small and replicated.
+
+    Args:
+        tree: arrays or ShapeDtypeStructs.
+        mesh: the mesh.
+        params: the parameters, the authority on names and shapes.
+    """
+    shapes = {name: leaf.shape for name, leaf in named_leaves(params).items()}
+
+    def sharding(path, leaf):
+        parts = path_names(path)
+        for start in range(len(parts)):
+            if shapes.get(".".join(parts[start:])) == leaf.shape:
+                return NamedSharding(mesh, param_spec(parts[-1], len(leaf.shape)))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of a value that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, letters: str = "BT") -> NamedSharding:
+    """The sharding of a batch field."""
+    return NamedSharding(mesh, act_spec(letters))
+
+
+def constrain_params(tree):
+    """Pins a tree of parameters or gradients to the shardings of their names; a no-op without a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+
+    def pin(path, leaf):
+        return jax.lax.with_sharding_constraint(leaf, param_spec(path_names(path)[-1], leaf.ndim))
+
+    return jax.tree_util.tree_map_with_path(pin, tree)
+
+
+def place(batch: dict, mesh: Mesh) -> dict[str, jax.Array]:
+    """Puts a host batch's arrays on the mesh; every process passes its own rows. What is no array stays behind."""
+    sharding = batch_sharding(mesh)
+    arrays = {name: value for name, value in batch.items() if isinstance(value, np.ndarray)}
+    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in arrays.items()}

@@ -1,0 +1,29 @@
+"""A stage of training is a data transform and a loss; the loop is the same for all."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from mixtral_jax import losses
+from mixtral_jax.config import Config
+from mixtral_jax.data import Batches, TokenFile, pack
+
+
+class Stage(NamedTuple):
+    """What distinguishes one stage from another.
+
+    batches(config, tokens) -> Batches over a split's tokens, shuffled.
+    loss(model, batch, totals, loss_config) -> (loss, (terms, stats_L)); see losses.pretrain_loss.
+    """
+
+    batches: Callable
+    loss: Callable
+
+
+def packed_text(config: Config, tokens: TokenFile) -> Batches:
+    """Documents packed into rows of train.seq_len, shuffled by train.seed."""
+    train = config.train
+    plan = pack(tokens.lengths, train.seq_len)
+    return Batches(tokens, plan, batch_size=train.batch_size, seq_len=train.seq_len, seed=train.seed)
+
+
+STAGES = {"pretrain": Stage(packed_text, losses.pretrain_loss)}

@@ -1,0 +1,193 @@
+"""The token cache: what it holds, when it is rebuilt, and a split that never leaks."""
+
+import dataclasses
+import logging
+import multiprocessing
+import re
+
+import numpy as np
+import pytest
+
+from mixtral_jax.config import UserError
+from mixtral_jax.data import cache as cache_module
+from mixtral_jax.data.cache import build_cache, build_once
+from mixtral_jax.data.text import documents, is_heldout
+from mixtral_jax.data.tokenizer import load_tokenizer
+
+BYTES = load_tokenizer("bytes", "unused")
+
+
+@pytest.fixture
+def corpus_data(make_data, tmp_path):
+    """60 documents, of which 20 occur twice."""
+    for i in range(60):
+        (tmp_path / "corpus" / f"{i:02d}.txt").write_text(f"text {i % 40} é " * (i % 40 + 1))
+    return make_data()
+
+
+def document_texts(split):
+    return [BYTES.decode(split.tokens[a:b]) for a, b in zip(split.offsets, split.offsets[1:])]
+
+
+def test_content(corpus_data):
+    corpus = build_cache(corpus_data, BYTES)
+    by_id = {document.id: document.text for document in documents(corpus_data)}
+    assert sorted(corpus.train.ids + corpus.heldout.ids) == sorted(by_id)
+    for split in (corpus.train, corpus.heldout):
+        assert isinstance(split.tokens, np.memmap)
+        assert (split.tokens.dtype, split.offsets.dtype, split.bytes_.dtype) == (np.uint16, np.int64, np.int64)
+        assert (split.tokens[split.offsets[:-1]] == BYTES.bos_id).all()
+        assert (split.tokens[split.offsets[1:] - 1] == BYTES.eos_id).all()
+        assert document_texts(split) == [by_id[id] for id in split.ids]
+        assert split.bytes_.tolist() == [len(by_id[id].encode()) for id in split.ids]
+        assert split.lengths.tolist() == (split.bytes_ + 2).tolist()
+
+
+def test_heldout_never_leaks(corpus_data):
+    corpus = build_cache(corpus_data, BYTES)
+    train, heldout = set(document_texts(corpus.train)), set(document_texts(corpus.heldout))
+    assert train
+    assert heldout
+    assert not train & heldout
+    assert len(corpus.train.ids) > len(train)  # there were duplicates to part
+    assert len(train) + len(heldout) == 40
+    assert all(is_heldout(text, 0.3) for text in heldout)
+
+
+def test_large_vocabularies_take_int32(corpus_data):
+    class Wide(type(BYTES)):
+        vocab_size, fingerprint = 2**16 + 1, "wide"
+
+    corpus = build_cache(corpus_data, Wide())
+    assert corpus.train.tokens.dtype == np.int32
+    assert corpus.train.tokens.tolist() == build_cache(corpus_data, BYTES).train.tokens.tolist()
+
+
+def test_batches_of_documents_do_not_matter(corpus_data, monkeypatch):
+    whole = build_cache(corpus_data, BYTES)
+    monkeypatch.setattr(cache_module, "BATCH_CHARACTERS", 50)
+    again = build_cache(dataclasses.replace(corpus_data, cache_dir=corpus_data.cache_dir + "2"), BYTES)
+    assert again.train.tokens.tolist() == whole.train.tokens.tolist()
+    assert again.key == whole.key
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """Counts how often a corpus is tokenised."""
+    calls, write = [], cache_module._write_corpus
+    monkeypatch.setattr(cache_module, "_write_corpus", lambda *args: calls.append(1) or write(*args))
+    return calls
+
+
+def test_built_once_per_content_tokenizer_and_fraction(corpus_data, builds, tmp_path, shared_cache_dir):
+    keys = {build_cache(corpus_data, BYTES).key for _ in range(2)}
+    assert len(builds) == 1
+    keys.add(build_cache(dataclasses.replace(corpus_data, heldout_fraction=0.4), BYTES).key)
+    keys.add(build_cache(corpus_data, load_tokenizer("mistral-v1", shared_cache_dir)).key)
+    (tmp_path / "corpus" / "00.txt").write_text("changed")
+    keys.add(build_cache(corpus_data, BYTES).key)
+    assert len(builds) == len(keys) == 4
+
+
+@pytest.mark.parametrize("name", ["tokens.npy", "offsets.npy", "bytes.npy", "ids.json"])
+@pytest.mark.parametrize("damage", ["short", "empty", "missing"])
+def test_a_damaged_cache_is_rebuilt_with_a_message(corpus_data, builds, tmp_path, caplog, name, damage):
+    before = build_cache(corpus_data, BYTES)
+    expected = (before.train.tokens.tolist(), before.train.offsets.tolist(), before.train.ids)
+    (path,) = (tmp_path / "cache").glob(f"corpora/*/train/{name}")
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(content[: len(content) - 8] if damage == "short" else b"")
+    with caplog.at_level(logging.WARNING):
+        after = build_cache(corpus_data, BYTES)
+    assert "damaged" in caplog.text
+    assert (after.train.tokens.tolist(), after.train.offsets.tolist(), after.train.ids) == expected
+    assert len(builds) == 2
+
+
+def test_files_that_do_not_agree_are_rebuilt(corpus_data, builds, tmp_path):
+    build_cache(corpus_data, BYTES)
+    (path,) = (tmp_path / "cache").glob("corpora/*/heldout/tokens.npy")
+    np.save(path, np.load(path)[:-1])  # whole by itself
+    build_cache(corpus_data, BYTES)
+    assert len(builds) == 2
+
+
+def test_an_interrupted_build_leaves_nothing_behind(corpus_data, tmp_path, monkeypatch):
+    class Failing(type(BYTES)):
+        def encode_many(self, texts):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_cache(corpus_data, Failing())
+    assert [path.suffix for path in (tmp_path / "cache" / "corpora").iterdir()] == [".lock"]
+    build_cache(corpus_data, BYTES)
+
+
+def _count_build(path, counter):
+    def build(folder):
+        with counter.get_lock():
+            counter.value += 1
+        (folder / "done").write_text("whole")
+
+    assert build_once(path, lambda folder: (folder / "done").read_text(), build) == "whole"
+
+
+def test_of_many_processes_one_builds(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("i", 0)
+    processes = [context.Process(target=_count_build, args=(tmp_path / "thing", counter)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert counter.value == 1
+
+
+def test_losing_a_race_without_locks_is_no_error(tmp_path):
+    def build(folder):
+        (folder / "done").write_text("second")
+        (tmp_path / "thing").mkdir()
+        (tmp_path / "thing" / "done").write_text("first")
+
+    assert build_once(tmp_path / "thing", lambda folder: (folder / "done").read_text(), build) == "first"
+
+
+def test_an_empty_split_is_explained_with_a_fraction_that_works(make_data, tmp_path):
+    for text in "abc":
+        (tmp_path / "corpus" / f"{text}.txt").write_text(text)
+    for fraction, side in ((0.001, "held-out"), (0.999, "training")):
+        with pytest.raises(UserError, match=f"{side} split empty: there are 3 documents") as caught:
+            build_cache(make_data(heldout_fraction=fraction), BYTES)
+        fix = float(re.search(r"set data\.heldout_fraction=([\d.]+)", str(caught.value)).group(1))
+        corpus = build_cache(make_data(heldout_fraction=fix), BYTES)
+        assert len(corpus.train.ids) * len(corpus.heldout.ids) == 2
+
+
+def test_one_document_cannot_be_split(make_data, tmp_path):
+    (tmp_path / "corpus" / "a.txt").write_text("a")
+    with pytest.raises(UserError, match=r"there are 1 documents; add different documents"):
+        build_cache(make_data(), BYTES)
+
+
+@pytest.mark.usefixtures("corpus_data")
+def test_an_unwritable_cache_dir(make_data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"data\.cache_dir: cannot write"):
+        build_cache(make_data(cache_dir=str(tmp_path / "file")), BYTES)
+
+
+def test_one_progress_bar_on_a_terminal_and_lines_elsewhere(corpus_data, monkeypatch, capsys, caplog):
+    with caplog.at_level(logging.INFO):
+        build_cache(corpus_data, BYTES)
+    assert "(once)" in caplog.text
+    assert "documents" in caplog.text
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    build_cache(dataclasses.replace(corpus_data, heldout_fraction=0.31), BYTES)
+    assert "tokenising" in capsys.readouterr().err
+    caplog.clear()
+    build_cache(dataclasses.replace(corpus_data, heldout_fraction=0.32), BYTES, progress=False)
+    assert (caplog.text, capsys.readouterr().err) == ("", "")

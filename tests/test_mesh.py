@@ -1,0 +1,91 @@
+"""Every mesh computes the same: loss, gradients, norm; and 20 steps of training stay together. float32, 8 fake devices."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from mixtral_jax.losses import Totals
+from mixtral_jax.models import mixtral
+from mixtral_jax.sharding import named_leaves, param_spec, place
+from mixtral_jax.stages import STAGES
+from tests.helpers import assert_trees_close, on_mesh, random_batch, shard, tiny, train
+
+MESHES = {
+    "fsdp8": dict(fsdp=8),
+    "expert8": dict(expert=8),
+    "tensor2_fsdp4": dict(tensor=2, fsdp=4),
+    "data2_expert4": dict(data=2, expert=4),
+    "data2_fsdp2_expert2": dict(data=2, fsdp=2, expert=2),
+    "fsdp2_expert2_tensor2": dict(fsdp=2, expert=2, tensor=2),
+}
+STEPS = 20
+
+
+def gradients(config, mesh, params, batch):
+    def loss_fn(params, batch):
+        return STAGES["pretrain"].loss(params, batch, Totals.of(batch), config.loss)
+
+    with jax.set_mesh(mesh):
+        out = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(shard(params, mesh), place(batch, mesh))
+    return jax.device_get(out)
+
+
+@functools.cache
+def reference():
+    """One device: loss, gradients and a training run."""
+    config, mesh = on_mesh(tiny(train__steps=STEPS))
+    params = mixtral.init(config.model, jax.random.key(1))
+    batches = [random_batch(config, seed) for seed in range(STEPS)]
+    return params, batches, gradients(config, mesh, params, batches[0]), train(config, mesh, batches)
+
+
+@pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES.keys())
+def test_loss_and_gradients_agree(axes):
+    params, batches, ((want, (want_terms, want_stats)), want_grads), _ = reference()
+    config, mesh = on_mesh(tiny(train__steps=STEPS), **axes)
+    (got, (terms, stats)), grads = gradients(config, mesh, params, batches[0])
+    assert got == pytest.approx(want, rel=1e-5)
+    for name, value in want_terms.items():
+        assert terms[name] == pytest.approx(value, rel=1e-5), name
+    np.testing.assert_array_equal(stats.count_E, want_stats.count_E)
+    assert not stats.dropped.any()
+    assert_trees_close(grads, want_grads, 1e-5)
+
+
+@pytest.mark.parametrize("axes", MESHES.values(), ids=MESHES.keys())
+def test_twenty_steps_agree(axes):
+    _, batches, _, (want_state, want_log) = reference()
+    config, mesh = on_mesh(tiny(train__steps=STEPS), **axes)
+    state, log = train(config, mesh, batches)
+    for step, (got, want) in enumerate(zip(log, want_log, strict=True)):
+        for name in ("loss", "token_loss", "balance_loss", "gradient_norm"):
+            assert got[name] == pytest.approx(want[name], rel=1e-5), f"step {step}: {name}"
+        np.testing.assert_array_equal(got["load_LE"], want["load_LE"])
+    assert_trees_close(state.params, want_state.params, 1e-4)
+    assert want_log[-1]["loss"] != pytest.approx(want_log[0]["loss"], rel=1e-3), "nothing was trained"
+
+
+def test_adam_moments_are_sharded_as_their_parameters():
+    from mixtral_jax.optim import make_optimizer
+    from mixtral_jax.sharding import replicated
+    from mixtral_jax.trainer import init_state, make_train_step
+
+    config, mesh = on_mesh(tiny(), fsdp=2, expert=2, tensor=2)
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    state, shardings = init_state(config, optimizer, mesh)
+    step = jax.jit(
+        make_train_step(config, optimizer, STAGES["pretrain"].loss), out_shardings=(shardings, replicated(mesh))
+    )
+    with jax.set_mesh(mesh):
+        state, _ = step(state, place(random_batch(config), mesh))
+    moments = named_leaves(state.opt_state)
+    for name, param in named_leaves(state.params).items():
+        spec = param_spec(name.rpartition(".")[2], param.ndim)
+        mirrors = [m for path, m in moments.items() if path.endswith("." + name) and m.shape == param.shape]
+        assert len(mirrors) == 2, f"{name}: expected two moments, found {len(mirrors)}"
+        for leaf in (param, *mirrors):
+            assert leaf.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, spec), leaf.ndim), name
+    split = [n for n, p in named_leaves(state.params).items() if not p.sharding.is_fully_replicated]
+    assert len(split) == len(named_leaves(state.params)), "every parameter should be split on this mesh"

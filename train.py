@@ -1,0 +1,29 @@
+"""Train a Mixtral: pretraining (SFT and DPO come with their own configs).
+
+    python train.py --config=configs/tiny.py --workdir=runs/tiny
+    python train.py --config=configs/mixtral_8x7b.py --workdir=runs/8x7b --config.optim.learning_rate=1e-4
+
+A workdir holds checkpoints/, config.json, tokenizer/, metrics.jsonl and report.png. The same command again resumes it.
+"""
+
+from absl import flags
+
+from mixtral_jax import cli
+from mixtral_jax.config import UserError
+
+_CONFIG = cli.define_config_flag()
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: created, or resumed if it holds checkpoints.")
+
+
+def main() -> None:
+    """Flags -> config -> fit."""
+    config = cli.typed_config(_CONFIG.value)
+    if not _WORKDIR.value:
+        raise UserError("--workdir is missing; for example --workdir=runs/tiny")
+    from mixtral_jax import evals, trainer  # after the checks: a mistake is answered before jax has started
+
+    trainer.fit(config, _WORKDIR.value, evals.Perplexity, evals.baselines)
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)
