@@ -31,11 +31,21 @@ class Checkpoints:
         """Opens (or creates) the folder; `keep` is the number of latest checkpoints that stay."""
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self.folder = Path(workdir).resolve() / "checkpoints"
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        # Named here, so that a fresh process can read an item's metadata before it restores anything.
+        handlers = {
+            "params": ocp.StandardCheckpointHandler(),
+            "opt_state": ocp.StandardCheckpointHandler(),
+            "meta": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(self.folder, item_handlers=handlers, options=options)
 
     def latest(self) -> int | None:
         """The newest step, or None."""
         return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """All finished checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
 
     def save(self, step: int, params, opt_state, meta: dict[str, Any]) -> None:
         """Starts a save and returns; arrays are copied before the call ends, so they may be donated afterwards."""

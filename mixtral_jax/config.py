@@ -208,9 +208,15 @@ def validate(config: Config) -> None:
     """
     model, loss, optim, train, data = config.model, config.loss, config.optim, config.train, config.data
     for group, keys in (
-        ("model", "vocab_size num_layers d_model num_heads num_kv_heads head_dim d_ff num_experts experts_per_token max_seq_len expert_block"),
+        (
+            "model",
+            "vocab_size num_layers d_model num_heads num_kv_heads head_dim d_ff num_experts experts_per_token max_seq_len expert_block",
+        ),
         ("loss", "head_chunk"),
-        ("train", "steps batch_size seq_len accumulation_steps log_every eval_batches sample_tokens checkpoints_to_keep"),
+        (
+            "train",
+            "steps batch_size seq_len accumulation_steps log_every eval_batches sample_tokens checkpoints_to_keep",
+        ),
         ("data", "workers"),
     ):
         for key in keys.split():
@@ -243,7 +249,10 @@ def validate(config: Config) -> None:
     for key in ("b1", "b2"):
         value = getattr(optim, key)
         _require(0 <= value < 1, f"optim.{key}={value}; it must lie in [0, 1)")
-    _require(optim.final_lr_ratio <= 1, f"optim.final_lr_ratio={optim.final_lr_ratio} exceeds 1; it is the last learning rate over the peak")
+    _require(
+        optim.final_lr_ratio <= 1,
+        f"optim.final_lr_ratio={optim.final_lr_ratio} exceeds 1; it is the last learning rate over the peak",
+    )
     if optim.schedule != "constant":
         decay = optim.decay_steps if optim.schedule == "warmup_stable_decay" else 0
         _require(
@@ -263,7 +272,10 @@ def validate(config: Config) -> None:
         data.source == "stdlib" or data.path != "",
         f"data.source={data.source} needs files; set data.path to paths or globs separated by commas",
     )
-    _require(data.tokenizer != "", "data.tokenizer is empty; use mistral-v1, bytes, stdlib:SIZE or the path of a SentencePiece model")
+    _require(
+        data.tokenizer != "",
+        "data.tokenizer is empty; use mistral-v1, bytes, stdlib:SIZE or the path of a SentencePiece model",
+    )
 
 
 def resolve_mesh(config: Config, num_devices: int) -> Config:
@@ -321,5 +333,3 @@ def key_list() -> list[str]:
     """Returns all configuration keys as `group.key`, in order; a test freezes them."""
     groups = typing.get_type_hints(Config)
     return [f"{group}.{key}" for group, cls in groups.items() for key in typing.get_type_hints(cls)]
-
-

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -39,6 +40,14 @@ def status(scalars: Mapping[str, Any]) -> str:
     return " | ".join(text(float(value)) for value, text in parts if value is not None)
 
 
+def _is_screen(stream: TextIO) -> bool:
+    """Whether a bar can be drawn: on a terminal that knows its width (one in a container may say 0)."""
+    try:
+        return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):  # a stream without a file descriptor, or closed
+        return False
+
+
 class Progress:
     """A tqdm bar where the stream is a terminal, else a line every log_every steps. Both say the same."""
 
@@ -65,7 +74,7 @@ class Progress:
         self._clock = clock
         self._start: tuple[int, float] | None = None  # (step, time) of the first update: compilation lies before it
         self._bar = None
-        if self._stream.isatty():
+        if _is_screen(self._stream):
             layout = "{percentage:3.0f}% {bar:16} {desc}"
             self._bar = tqdm(
                 total=total_steps, initial=first_step, file=self._stream, bar_format=layout, dynamic_ncols=True

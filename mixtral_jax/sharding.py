@@ -57,7 +57,9 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 def _spec(letters: str, table: dict, name: str) -> PartitionSpec:
     unknown = [letter for letter in letters if letter not in table]
     if unknown or not letters:
-        raise ValueError(f"{name!r}: no sharding is known for {unknown or 'an empty suffix'}; letters: {''.join(table)}")
+        raise ValueError(
+            f"{name!r}: no sharding is known for {unknown or 'an empty suffix'}; letters: {''.join(table)}"
+        )
     return PartitionSpec(*(table[letter] for letter in letters))
 
 

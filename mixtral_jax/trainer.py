@@ -157,8 +157,9 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether this run has already written its final evaluation."""
-        return any(line["kind"] == "final" for line in read_jsonl(self.workdir / "metrics.jsonl"))
+        """Whether the final evaluation of the last step is already written."""
+        lines = read_jsonl(self.workdir / "metrics.jsonl")
+        return any(line["kind"] == "final" and line["step"] == self.config.train.steps for line in lines)
 
 
 def start(config: Config, workdir: Path, make_heldout: Callable) -> Run:
@@ -243,7 +244,7 @@ def fit(config: Config, workdir: str | Path, make_heldout: Callable, baselines: 
         baselines: (config, corpus) -> scores to compare with at the end.
 
     Returns:
-        The final metrics: held-out loss and bits per byte, and the baselines'.
+        The final metrics: held-out loss and bits per byte, and the baselines'. Empty if the run was finished before.
 
     Raises:
         UserError: see `start`.
@@ -255,7 +256,10 @@ def fit(config: Config, workdir: str | Path, make_heldout: Callable, baselines: 
     try:
         with jax.set_mesh(run.mesh):
             values = _train(run)
-            return {} if run.finished else _finish(run, baselines, values)
+            if run.finished:
+                run.progress.note("this run is finished; raise train.steps to go on, or choose another workdir")
+                return {}
+            return _finish(run, baselines, values)
     finally:
         run.progress.close()
         run.writer.close()
@@ -275,7 +279,9 @@ def _train(run: Run) -> dict | None:
             values = _log(run, *pending)
         step = k + 1
         pending = (step, on_device, batch["documents"])
-        due = [every > 0 and step % every == 0 for every in (train.eval_every, train.sample_every, train.checkpoint_every)]
+        due = [
+            every > 0 and step % every == 0 for every in (train.eval_every, train.sample_every, train.checkpoint_every)
+        ]
         if any(due) or step == train.steps:
             values, pending = _log(run, *pending), None
             with run.throughput.pause():
@@ -314,11 +320,18 @@ def _interlude(run: Run, step: int, evaluate: bool, draw_sample: bool, save: boo
     if evaluate and not last:
         found = run.heldout(run.state.params, train.eval_batches)
         run.writer.write("heldout", step, {name: found[name] for name in ("loss", "bits_per_byte")})
-        run.progress.note(f"held-out at step {step}: loss {found['loss']:.4f}, {found['bits_per_byte']:.4f} bits per byte")
+        run.progress.note(
+            f"held-out at step {step}: loss {found['loss']:.4f}, {found['bits_per_byte']:.4f} bits per byte"
+        )
     if draw_sample or (last and train.sample_every):
         prompt = train.sample_prompt
         text = sample(
-            run.state.params, run.tokenizer, prompt, max_tokens=train.sample_tokens, temperature=0.7, seed=train.seed + step
+            run.state.params,
+            run.tokenizer,
+            prompt,
+            max_tokens=train.sample_tokens,
+            temperature=0.7,
+            seed=train.seed + step,
         )
         run.writer.write("sample", step, {"text": prompt + text})
         run.progress.note(f"sample at step {step}:\n" + textwrap.indent(prompt + text, "    | ", lambda line: True))

@@ -1,5 +1,7 @@
 """What many tests need: a tiny configuration, random packed batches, and comparisons by name."""
 
+import dataclasses
+
 import jax
 import numpy as np
 
@@ -51,8 +53,6 @@ def random_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
 
 def on_mesh(config: Config, **axes):
     """Returns config with this mesh, and the mesh on as many of the 8 devices as it takes."""
-    import dataclasses
-
     sizes = dict(data=1, fsdp=1, expert=1, context=1, tensor=1) | axes
     count = int(np.prod(list(sizes.values())))
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes))
@@ -88,7 +88,10 @@ def relative_errors(got, want) -> dict[str, float]:
     got, want = named_leaves(got), named_leaves(want)
     assert got.keys() == want.keys()
     return {
-        name: float(np.abs(np.asarray(got[name]) - np.asarray(want[name])).max() / (np.abs(np.asarray(want[name])).max() + 1e-30))
+        name: float(
+            np.abs(np.asarray(got[name]) - np.asarray(want[name])).max()
+            / (np.abs(np.asarray(want[name])).max() + 1e-30)
+        )
         for name in want
     }
 

@@ -8,8 +8,10 @@ import pytest
 
 from mixtral_jax.losses import Totals
 from mixtral_jax.models import mixtral
-from mixtral_jax.sharding import named_leaves, param_spec, place
+from mixtral_jax.optim import make_optimizer
+from mixtral_jax.sharding import named_leaves, param_spec, place, replicated
 from mixtral_jax.stages import STAGES
+from mixtral_jax.trainer import init_state, make_train_step
 from tests.helpers import assert_trees_close, on_mesh, random_batch, shard, tiny, train
 
 MESHES = {
@@ -68,10 +70,6 @@ def test_twenty_steps_agree(axes):
 
 
 def test_adam_moments_are_sharded_as_their_parameters():
-    from mixtral_jax.optim import make_optimizer
-    from mixtral_jax.sharding import replicated
-    from mixtral_jax.trainer import init_state, make_train_step
-
     config, mesh = on_mesh(tiny(), fsdp=2, expert=2, tensor=2)
     optimizer = make_optimizer(config.optim, config.train.steps)
     state, shardings = init_state(config, optimizer, mesh)

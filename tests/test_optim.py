@@ -220,6 +220,15 @@ def test_bfloat16_moments_are_stored_so_and_stay_near_float32(name):
             assert error <= tolerance * np.linalg.norm(exact[i][key]), (key, i, error)
 
 
+def test_bfloat16_moments_are_only_stored_and_arithmetic_is_float32():
+    history, _, _ = run(config(name="adamw", moment_dtype="bfloat16"))
+    g1, g2 = (np.asarray(model(i).layers.w_o_NHD[...]) for i in (1, 2))
+    m, v = (np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32) for x in (0.1 * g1, 0.05 * g1**2))
+    m, v = 0.9 * m + 0.1 * g2, 0.95 * v + 0.05 * g2**2
+    update = -0.01 * m / (1 - 0.9**2) / (np.sqrt(v / (1 - 0.95**2)) + 1e-8)
+    np.testing.assert_allclose(history[1]["layers.w_o_NHD"], update, rtol=1e-4, atol=1e-7)
+
+
 def test_moments_that_bfloat16_cannot_decay_are_refused():
     with pytest.raises(UserError, match=r"b2=0\.999"):
         optim_lib.make_optimizer(config(b2=0.999, moment_dtype="bfloat16"), 10)

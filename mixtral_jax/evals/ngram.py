@@ -126,7 +126,7 @@ def _pairs(tokens, offsets, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(
             f"offsets must rise from 0 to the number of tokens, {n}; they are {offsets[:3]} ... {offsets[-3:]}"
         )
-    if n and not (0 <= tokens.min() and tokens.max() < vocab_size):
+    if n and (tokens.min() < 0 or tokens.max() >= vocab_size):
         raise ValueError(f"tokens lie in {tokens.min()}..{tokens.max()}, outside the vocabulary 0..{vocab_size - 1}")
     is_target = np.ones(n, bool)
     starts = offsets[:-1]

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import multiprocessing
 import re
+import time
 
 import numpy as np
 import pytest
@@ -125,25 +126,27 @@ def test_an_interrupted_build_leaves_nothing_behind(corpus_data, tmp_path, monke
     build_cache(corpus_data, BYTES)
 
 
-def _count_build(path, counter):
+def _count_build(path, counter, barrier):
     def build(folder):
         with counter.get_lock():
             counter.value += 1
+        time.sleep(0.3)  # long enough for the others to come along
         (folder / "done").write_text("whole")
 
+    barrier.wait(timeout=60)
     assert build_once(path, lambda folder: (folder / "done").read_text(), build) == "whole"
 
 
 def test_of_many_processes_one_builds(tmp_path):
     context = multiprocessing.get_context("spawn")
-    counter = context.Value("i", 0)
-    processes = [context.Process(target=_count_build, args=(tmp_path / "thing", counter)) for _ in range(3)]
+    shared = (tmp_path / "thing", context.Value("i", 0), context.Barrier(3))
+    processes = [context.Process(target=_count_build, args=shared) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert counter.value == 1
+    assert shared[1].value == 1
 
 
 def test_losing_a_race_without_locks_is_no_error(tmp_path):

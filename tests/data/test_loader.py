@@ -7,7 +7,7 @@ import pytest
 
 from mixtral_jax.config import UserError
 from mixtral_jax.data.cache import TokenFile
-from mixtral_jax.data.loader import Batches, prefetch
+from mixtral_jax.data.loader import Batches, _permutation, prefetch
 from mixtral_jax.data.packing import pack
 
 BOS, EOS, T, B = 1, 2, 16, 4
@@ -99,6 +99,7 @@ def test_batch_k_is_pure():
     ks = [0, 1, 7, 50, 1000]
     first = {k: batches.batch(k) for k in ks}
     for k in reversed(ks):
+        _permutation.cache_clear()  # else it could hide an order that comes out differently each time
         assert_equal(make().batch(k), first[k])
         assert_equal(batches.batch(k), first[k])
 
@@ -148,7 +149,7 @@ def test_the_order_is_frozen():
     # A run resumed by a later version must see the same rows: change this only together with the cache's FORMAT.
     batches = make(token_file([T + 1] * 8), batch_size=8)
     orders = [[int(ids[0].removeprefix("doc")) for ids in batches.batch(k)["documents"]] for k in (0, 1)]
-    assert orders == [FROZEN]
+    assert orders == [[0, 2, 1, 5, 4, 3, 6, 7], [5, 3, 7, 2, 4, 1, 0, 6]]
 
 
 def test_evaluation_yields_every_row_once_and_pads_the_last_batch():
@@ -189,10 +190,10 @@ def test_prefetch_raises_what_a_worker_raises_when_it_is_due():
         return rows(k, *args)
 
     batches.rows = failing
-    found = []
+    iterator = prefetch(batches, 0, 20, 2)
+    assert [next(iterator)[0] for _ in range(6)] == [0, 1, 2, 3, 4, 5]
     with pytest.raises(RuntimeError, match="disk on fire"):
-        found.extend(map(lambda pair: found.append(pair[0]), prefetch(batches, 0, 20, 2)))
-    assert found == [0, 1, 2, 3, 4, 5]
+        next(iterator)
 
 
 def test_prefetch_stops_its_threads_when_closed():

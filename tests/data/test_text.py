@@ -32,7 +32,8 @@ def test_text_directory_globs_and_lists(make_data, tmp_path):
     for name in ("b.txt", "a.md", "deep/c.py", "d.rst", ".hidden/e.txt", "[f].txt"):
         (folder / name).write_text(name)
     assert sorted(texts(make_data())) == ["[f].txt", "a.md", "b.txt", "deep/c.py"]
-    assert texts(make_data(path=f"{folder}/*.rst, {folder}/a.md,{folder}/*.md")) == ["a.md", "d.rst"]
+    some = make_data(path=f"{folder}/*.rst, {folder}/a.md,{folder}/*.txt,{folder}/*.md")
+    assert texts(some) == ["[f].txt", "a.md", "b.txt", "d.rst"]
     assert texts(make_data(path=f"{folder}/**/*.py")) == ["deep/c.py"]
     assert texts(make_data(path=f"{folder}/[f].txt")) == ["[f].txt"]
     (document,) = documents(make_data(path=f"{folder}/a.md"))

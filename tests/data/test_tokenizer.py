@@ -102,6 +102,14 @@ def test_mistral_v1_ids(tmp_path):
     assert tokenizer.encode("[INST] How? [/INST]") == [733, 16289, 28793, 1602, 28804, 733, 28748, 16289, 28793]
 
 
+def test_mistral_v1_ids_are_those_of_sentencepiece_itself(tmp_path):
+    tokenizer = load_tokenizer("mistral-v1", str(tmp_path))
+    tokenizer.save(tmp_path)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    for text in TEXTS.values():
+        assert tokenizer.encode(text) == processor.encode(text)
+
+
 def test_mistral_v1_is_found_without_importing_mistral_common():
     code = (
         "import sys; from mixtral_jax.data.tokenizer import load_tokenizer; load_tokenizer('mistral-v1', '/nowhere');"
@@ -156,6 +164,12 @@ def test_training_is_deterministic_and_lossless_on_hard_texts():
     trained = SentencePieceTokenizer(model, "test")
     assert trained.vocab_size == 400
     assert [trained.decode(trained.encode(text)) for text in texts] == texts
+
+
+@pytest.mark.parametrize("odd", ["\t", "\0"])
+def test_text_with_tabs_or_nul_in_every_line_is_trained_on(odd):
+    text = f"{odd}int counter = 1;\n" * 100
+    assert train_sentencepiece([text], 280) == train_sentencepiece([text.replace(odd, "\n")], 280)
 
 
 def test_the_sample_of_a_large_corpus_is_bounded_and_independent_of_order(monkeypatch):

@@ -1,6 +1,6 @@
 """Writes tests/golden/NAME.npz: what transformers computes for the small Mixtrals of reference.py.
 
-    python -m tests.golden.make_goldens       # needs requirements-parity.txt
+python -m tests.golden.make_goldens       # needs requirements-parity.txt
 """
 
 from pathlib import Path
@@ -53,7 +53,9 @@ def compute(shape: dict) -> dict[str, np.ndarray]:
         )
         value = {"loss": loss, "aux": result.aux_loss}[which]
         value.backward()
-        grads = {n: np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy() for n, p in model.named_parameters()}
+        grads = {
+            n: np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy() for n, p in model.named_parameters()
+        }
         grads = reference.from_hugging_face(grads, ours)
         out[which] = np.float32(value.item())
         out |= {f"{which}_grad.{name}": grad.copy() for name, grad in grads.items()}
@@ -65,7 +67,9 @@ def main() -> None:
     """Writes one file per shape."""
     for name, shape in reference.SHAPES.items():
         path = Path(__file__).parent / f"{name}.npz"
-        np.savez_compressed(path, versions=f"torch {torch.__version__}, transformers {transformers.__version__}", **compute(shape))
+        np.savez_compressed(
+            path, versions=f"torch {torch.__version__}, transformers {transformers.__version__}", **compute(shape)
+        )
         print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB")
 
 

@@ -21,7 +21,9 @@ BASE = dict(
 SHAPES = {
     "mixtral": BASE,
     "wide_heads": BASE
-    | dict(vocab_size=80, num_layers=3, num_heads=6, num_kv_heads=3, head_dim=16, d_ff=24, num_experts=8, rope_theta=1e4),
+    | dict(
+        vocab_size=80, num_layers=3, num_heads=6, num_kv_heads=3, head_dim=16, d_ff=24, num_experts=8, rope_theta=1e4
+    ),
     "window_top3": BASE
     | dict(vocab_size=50, num_kv_heads=4, d_ff=40, num_experts=6, experts_per_token=3, sliding_window=7),
 }

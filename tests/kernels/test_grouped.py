@@ -40,7 +40,10 @@ def run(backend, groups, block, dtype=jnp.float32):
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS.keys())
 def test_blocks_equal_dense(groups, block):
     for name, got, want in zip(
-        ["y", "dx", "dw_gate", "dw_up", "dw_down"], run("blocks", groups, block), run("dense", groups, block), strict=True
+        ["y", "dx", "dw_gate", "dw_up", "dw_down"],
+        run("blocks", groups, block),
+        run("dense", groups, block),
+        strict=True,
     ):
         np.testing.assert_allclose(got, want, atol=1e-5 * max(1.0, np.abs(want).max()), rtol=0, err_msg=name)
 

@@ -1,0 +1,53 @@
+# The two commands of the README: `make demo` and `make test`. Everything lives in .venv and runs/.
+PYTHON ?= python3
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
+# make demo STEPS=40 is the short form.
+STEPS ?= 400
+
+.PHONY: venv demo test test-all parity lint benchmark clean
+
+venv: .venv/installed
+
+.venv/installed: requirements.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed, this is " + sys.version'
+	$(PYTHON) -m venv .venv
+	@echo "installing requirements.txt into .venv (about a minute) ..."
+	$(PIP) -r requirements.txt
+	@touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+# A second environment, so that the everyday one stays without torch.
+.venv-parity/installed: requirements.txt requirements-dev.txt requirements-parity.txt
+	$(PYTHON) -m venv .venv-parity
+	@echo "installing torch and transformers into .venv-parity ..."
+	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -r requirements.txt -r requirements-dev.txt -r requirements-parity.txt
+	@touch $@
+
+demo: .venv/installed
+	rm -rf runs/demo
+	.venv/bin/python train.py --config=configs/tiny.py:steps=$(STEPS) --workdir=runs/demo
+	@echo "Look at runs/demo/report.png; the metrics are in runs/demo/metrics.jsonl."
+
+test: .venv/installed-dev
+	.venv/bin/python -m pytest
+
+test-all: .venv/installed-dev
+	.venv/bin/python -m pytest -m "slow and not gpu"
+
+parity: .venv-parity/installed
+	.venv-parity/bin/python -m pytest -m parity
+
+lint: .venv/installed-dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+benchmark: .venv/installed
+	.venv/bin/python -m benchmarks.experts
+	.venv/bin/python -m benchmarks.compile_time
+
+clean:
+	rm -rf .venv .venv-parity runs reports

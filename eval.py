@@ -1,0 +1,31 @@
+"""Evaluate a run's newest checkpoint on its own held-out split.
+
+    python eval.py --checkpoint=runs/tiny --out=reports/tiny
+    python eval.py --checkpoint=runs/tiny --evals=perplexity --step=200 --out=reports/tiny
+
+Prints a table and writes results.json into --out.
+"""
+
+from absl import flags
+
+from mixtral_jax import cli
+from mixtral_jax.config import UserError
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The workdir of a run.")
+_STEP = flags.DEFINE_integer("step", None, "Which of its checkpoints; default: the newest.")
+_EVALS = flags.DEFINE_list("evals", ["perplexity", "baselines"], "Which evaluations, separated by commas.")
+_OUT = flags.DEFINE_string("out", None, "Folder for results.json, for example reports/tiny.")
+
+
+def main() -> None:
+    """Flags -> checkpoint -> evaluations -> results."""
+    for name in ("checkpoint", "out"):
+        if not flags.FLAGS[name].value:
+            raise UserError(f"--{name} is missing; for example --checkpoint=runs/tiny --out=reports/tiny")
+    from mixtral_jax.evals import run
+
+    run.evaluate(_CHECKPOINT.value, _STEP.value, _EVALS.value, _OUT.value)
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)

@@ -1,0 +1,49 @@
+"""The commands as a user runs them: exit status 0 done, 2 a mistake explained, and no stack trace for a mistake."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+MISTAKES = {
+    "no config": ((), ["--config is missing", "configs/tiny.py"]),
+    "no such file": (("--config=configs/none.py",), ["none.py"]),
+    "unknown key": (("--config=configs/tiny.py", "--config.train.stepz=3"), ["stepz"]),
+    "wrong type": (("--config=configs/tiny.py", "--config.train.steps=many"), ["many"]),
+    "unknown argument": (("--config=configs/tiny.py:huge",), ["huge", "tiny"]),
+    "unknown flag": (("--config=configs/tiny.py", "--wrkdir=x"), ["wrkdir"]),
+    "stray word": (("--config=configs/tiny.py", "runs/x"), ["runs/x"]),
+    "no workdir": (("--config=configs/tiny.py:tiny",), ["--workdir is missing"]),
+    "impossible values": (
+        ("--config=configs/tiny.py", "--workdir=x", "--config.model.num_heads=3"),
+        ["3", "num_kv_heads=2"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistakes_end_with_status_2_and_an_explanation(arguments, words):
+    done = command("train.py", *arguments)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert not (ROOT / "x").exists(), "nothing may be made before the configuration is right"
+
+
+@pytest.mark.parametrize("program", ["train.py", "eval.py"])
+def test_help_helps(program):
+    done = command(program, "--help")
+    assert done.returncode == 0
+    for word in ("--config" if program == "train.py" else "--checkpoint", "python " + program, "runs/"):
+        assert word in done.stdout

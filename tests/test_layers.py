@@ -1,0 +1,59 @@
+"""Imports run down the layers of docs/design.md, and the package never imports torch or transformers."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+LAYERS = [
+    {"config", "sharding"},
+    {"models", "kernels", "losses", "optim", "data"},
+    {"checkpoint", "metrics", "progress", "jsonl", "generate"},
+    {"stages", "trainer", "evals", "report", "panels"},
+    {"cli"},
+]
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "mixtral_jax").rglob("*.py"))
+
+
+def layer_of(module: str) -> int | None:
+    parts = module.split(".")
+    if len(parts) < 2:
+        return None
+    levels = [level for level, names in enumerate(LAYERS) if parts[1] in names]
+    assert levels, f"{module} is in no layer: add it to LAYERS and to docs/design.md"
+    return levels[0]
+
+
+def imported(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.append(node.module)
+            found += [f"{node.module}.{alias.name}" for alias in node.names if node.module == "mixtral_jax"]
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_down(path):
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    mine = layer_of(module.removesuffix(".__init__"))
+    for name in imported(path):
+        assert name.split(".")[0] not in ("torch", "transformers", "configs", "tests"), f"{path} imports {name}"
+        if name.startswith("mixtral_jax.") and mine is not None:
+            theirs = layer_of(name)
+            if theirs is not None:
+                assert theirs <= mine, f"{module} (layer {mine}) imports {name} (layer {theirs})"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.name)
+def test_configs_import_nothing_from_the_package(path):
+    assert not [name for name in imported(path) if name.startswith("mixtral_jax")]
+
+
+def test_data_imports_no_model_and_no_jax():
+    for path in (ROOT / "mixtral_jax" / "data").glob("*.py"):
+        assert not [name for name in imported(path) if name.split(".")[0] in ("jax", "flax")]
