@@ -27,7 +27,7 @@ def base() -> ConfigDict:
             scan_layers=True,  # one compiled layer body; False unrolls
             remat="full",  # none | outputs | dots | full: what the backward pass recomputes
             expert_backend="blocks",  # blocks | dense (the oracle: E / K times the work)
-            expert_block=128,  # rows in one block of the blocks backend
+            expert_block=256,  # rows in one block of the blocks backend
         )
     )
     c.loss = ConfigDict(

@@ -25,7 +25,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         max_seq_len=1024,
         dtype="float32",
         remat="none",
-        expert_block=256,
     )
     c.loss.update(balance_weight=0.02, head_chunk=128)
     c.optim.update(learning_rate=4e-3, warmup_steps=max(args.steps // 10, 1), final_lr_ratio=0.05)

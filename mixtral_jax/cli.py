@@ -29,6 +29,12 @@ def typed_config(value: ConfigDict | None) -> Config:
     """
     if value is None:
         raise UserError("--config is missing; for example --config=configs/tiny.py")
+    if not isinstance(value, ConfigDict):
+        # config_flags stands in an object that raises what went wrong, at the first look at it.
+        try:
+            value.model
+        except Exception as error:
+            raise UserError(f"--config: {error}") from error
     return from_config_dict(value)
 
 
@@ -70,6 +76,8 @@ def _parse() -> None:
         rest = flags.FLAGS(sys.argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
         # A config file is a program: whatever it raises while it is read is about what the user asked for.
-        raise UserError(f"{error} (while reading the command line; --help shows the flags)") from error
+        # config_flags puts the whole stack trace into its message; its last line is what a person needs.
+        text = str(error).strip().splitlines()[-1] if "Traceback" in str(error) else str(error)
+        raise UserError(f"{text} (while reading the command line; --help shows the flags)") from error
     if rest[1:]:
         raise UserError(f"unexpected {' '.join(rest[1:])}; flags start with --, as in --config=configs/tiny.py")

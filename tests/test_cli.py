@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
 
 
@@ -25,8 +25,8 @@ MISTAKES = {
     "stray word": (("--config=configs/tiny.py", "runs/x"), ["runs/x"]),
     "no workdir": (("--config=configs/tiny.py:tiny",), ["--workdir is missing"]),
     "impossible values": (
-        ("--config=configs/tiny.py", "--workdir=x", "--config.model.num_heads=3"),
-        ["3", "num_kv_heads=2"],
+        ("--config=configs/tiny.py", "--workdir=x", "--config.model.experts_per_token=9"),
+        ["9", "num_experts=8"],
     ),
 }
 

@@ -47,7 +47,7 @@ def route(logits_BTE, bias_E, valid_BT, k: int):
     e = logits_BTE.shape[-1]
     score_BTE = lax.stop_gradient(logits_BTE)
     if bias_E is not None:
-        score_BTE += lax.stop_gradient(bias_E)[None, None, :]
+        score_BTE = score_BTE + lax.stop_gradient(bias_E)[None, None, :]
     _, index_BTK = lax.top_k(score_BTE, k)
     # A masked sum instead of take_along_axis: its gradient is a masked broadcast, where a gather's would be a scatter.
     chosen_BTKE = index_BTK[..., None] == jnp.arange(e)[None, None, None, :]

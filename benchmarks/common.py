@@ -1,0 +1,66 @@
+"""What the benchmarks share: interleaved timing, medians with spread, and dated results with machine and versions."""
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(cases: dict[str, Callable], rounds: int) -> dict[str, dict[str, float]]:
+    """Times functions in turn, A B C A B C ..., so that a noisy machine is noisy for all of them.
+
+    Args:
+        cases: name -> function that returns JAX arrays; each is called once before, to compile and warm up.
+        rounds: how often each is timed.
+
+    Returns:
+        name -> median, lowest and highest seconds.
+    """
+    for run in cases.values():
+        jax.block_until_ready(run())
+    seconds = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, run in cases.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: {"median": statistics.median(s), "min": min(s), "max": max(s)} for name, s in seconds.items()}
+
+
+def machine() -> dict[str, str | int]:
+    """The machine and the versions that a result depends on."""
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.machine(),
+    )
+    device = jax.devices()[0]
+    versions = {name: version(name) for name in ("jax", "jaxlib", "numpy")}
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "device": device.device_kind,
+        "python": platform.python_version(),
+    } | versions
+
+
+def write(name: str, title: str, columns: list[str], rows: list[list], extra: dict) -> None:
+    """Prints a table and writes results/DATE-NAME.json and .md."""
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    about = ", ".join(f"{key} {value}" for key, value in machine().items())
+    RESULTS.mkdir(exist_ok=True)
+    text = f"# {title}\n\n{today}; {about}.\n\n" + "\n".join(lines) + "\n"
+    (RESULTS / f"{today}-{name}.md").write_text(text)
+    record = {"date": today, "machine": machine(), "columns": columns, "rows": rows, **extra}
+    (RESULTS / f"{today}-{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(text)
