@@ -32,7 +32,7 @@ def typed_config(value: ConfigDict | None) -> Config:
     if not isinstance(value, ConfigDict):
         # config_flags stands in an object that raises what went wrong, at the first look at it.
         try:
-            value.model
+            _ = value.model
         except Exception as error:
             raise UserError(f"--config: {error}") from error
     return from_config_dict(value)
