@@ -17,7 +17,7 @@ from mixtral_jax.config import Config, from_config_dict
 from mixtral_jax.models import mixtral
 from mixtral_jax.optim import make_optimizer
 from mixtral_jax.stages import STAGES
-from mixtral_jax.trainer import TrainState, make_train_step
+from mixtral_jax.step import TrainState, make_train_step
 
 
 def compile_seconds(config: Config) -> float:

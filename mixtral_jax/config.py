@@ -206,7 +206,26 @@ def validate(config: Config) -> None:
     Raises:
         UserError: naming the keys, both numbers and the fix.
     """
-    model, loss, optim, train, data = config.model, config.loss, config.optim, config.train, config.data
+    _validate_ranges(config)
+    _validate_model(config)
+    _validate_optim(config.optim, config.train.steps)
+    data, train = config.data, config.train
+    _divisible("train.batch_size", train.batch_size, "train.accumulation_steps", train.accumulation_steps)
+    _require(
+        0 < data.heldout_fraction < 1,
+        f"data.heldout_fraction={data.heldout_fraction}; it must lie between 0 and 1, so that there is text to train on and to evaluate on",
+    )
+    _require(
+        data.source == "stdlib" or data.path != "",
+        f"data.source={data.source} needs files; set data.path to paths or globs separated by commas",
+    )
+    _require(
+        data.tokenizer != "",
+        "data.tokenizer is empty; use mistral-v1, bytes, stdlib:SIZE or the path of a SentencePiece model",
+    )
+
+
+def _validate_ranges(config: Config) -> None:
     for group, keys in (
         (
             "model",
@@ -231,6 +250,10 @@ def validate(config: Config) -> None:
         for key in keys.split():
             value = getattr(getattr(config, group), key)
             _require(value >= 0, f"{group}.{key}={value}; it must not be negative")
+
+
+def _validate_model(config: Config) -> None:
+    model, loss, train = config.model, config.loss, config.train
     _divisible("model.num_heads", model.num_heads, "model.num_kv_heads", model.num_kv_heads)
     _require(model.head_dim % 2 == 0, f"model.head_dim={model.head_dim} is odd; RoPE turns pairs, so make it even")
     _require(
@@ -246,6 +269,9 @@ def validate(config: Config) -> None:
         loss.bias_update_rate == 0 or model.router_bias,
         f"loss.bias_update_rate={loss.bias_update_rate} has no bias to update; set model.router_bias=True or the rate to 0",
     )
+
+
+def _validate_optim(optim: OptimConfig, steps: int) -> None:
     for key in ("b1", "b2"):
         value = getattr(optim, key)
         _require(0 <= value < 1, f"optim.{key}={value}; it must lie in [0, 1)")
@@ -256,26 +282,13 @@ def validate(config: Config) -> None:
     if optim.schedule != "constant":
         decay = optim.decay_steps if optim.schedule == "warmup_stable_decay" else 0
         _require(
-            optim.warmup_steps + decay <= train.steps,
-            f"optim.warmup_steps={optim.warmup_steps} plus optim.decay_steps={decay} exceed train.steps={train.steps}; shorten them or train longer",
+            optim.warmup_steps + decay <= steps,
+            f"optim.warmup_steps={optim.warmup_steps} plus optim.decay_steps={decay} exceed train.steps={steps}; shorten them or train longer",
         )
         _require(
             optim.schedule != "warmup_stable_decay" or optim.decay_steps > 0,
             "optim.decay_steps=0 leaves warmup_stable_decay without its decay; set it to about a tenth of train.steps",
         )
-    _divisible("train.batch_size", train.batch_size, "train.accumulation_steps", train.accumulation_steps)
-    _require(
-        0 < data.heldout_fraction < 1,
-        f"data.heldout_fraction={data.heldout_fraction}; it must lie between 0 and 1, so that there is text to train on and to evaluate on",
-    )
-    _require(
-        data.source == "stdlib" or data.path != "",
-        f"data.source={data.source} needs files; set data.path to paths or globs separated by commas",
-    )
-    _require(
-        data.tokenizer != "",
-        "data.tokenizer is empty; use mistral-v1, bytes, stdlib:SIZE or the path of a SentencePiece model",
-    )
 
 
 def resolve_mesh(config: Config, num_devices: int) -> Config:

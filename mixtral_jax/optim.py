@@ -124,6 +124,8 @@ def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformati
 
 
 class MuonState(NamedTuple):
+    """State of scale_by_muon."""
+
     count: jax.Array  # updates made
     mu: optax.Updates  # momentum, shaped like the parameters
 
@@ -183,6 +185,8 @@ def orthogonalize(x: jax.Array) -> jax.Array:
 
 
 class AdafactorState(NamedTuple):
+    """State of scale_by_adafactor."""
+
     count: jax.Array  # updates made
     v_row: optax.Updates  # mean squares of factored parameters' rows: their shape without the output axes
     v_col: optax.Updates  # and of their columns: their shape without the input axes

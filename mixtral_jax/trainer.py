@@ -1,4 +1,4 @@
-"""One state, one step, one loop for every stage."""
+"""The loop, the same for every stage: build, restore, step, look now and then, finish."""
 
 import dataclasses
 import textwrap
@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from mixtral_jax import metrics, report
 from mixtral_jax.checkpoint import Checkpoints, store_run
@@ -17,122 +15,16 @@ from mixtral_jax.config import Config, UserError, resolve_mesh
 from mixtral_jax.data import Corpus, build_cache, load_tokenizer, prefetch
 from mixtral_jax.generate import sample
 from mixtral_jax.jsonl import JsonlWriter, read_jsonl
-from mixtral_jax.losses import Totals
 from mixtral_jax.models import mixtral
-from mixtral_jax.models.moe import RouterStats
-from mixtral_jax.optim import clip_by_norm, learning_rate_schedule, make_optimizer
+from mixtral_jax.optim import make_optimizer
 from mixtral_jax.progress import Progress, Throughput
-from mixtral_jax.sharding import constrain_params, make_mesh, path_names, place, replicated, tree_shardings
+from mixtral_jax.sharding import make_mesh, place, replicated
 from mixtral_jax.stages import STAGES
+from mixtral_jax.step import TrainState, init_state, make_train_step
 
 
 class NonFiniteError(RuntimeError):
     """The loss or the gradient norm of a step was not finite; that step's update never happened."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """All that training changes."""
-
-    step: jax.Array  # int32, optimizer steps taken
-    params: mixtral.Mixtral  # float32
-    opt_state: optax.OptState
-    halted: jax.Array  # bool; set by a non-finite step, makes every later step a no-op
-
-
-def init_state(config: Config, optimizer: optax.GradientTransformation, mesh):
-    """Creates the state sharded, each device only its own part.
-
-    Returns:
-        state, and its NamedShardings (the out_shardings of the train step: without them XLA replicates the moments).
-    """
-
-    def build(key):
-        params = mixtral.init(config.model, key)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jnp.zeros((), bool))
-
-    key = jax.random.key(config.train.seed)
-    shapes = jax.eval_shape(build, key)
-    shardings = tree_shardings(shapes, mesh, shapes.params)
-    return jax.jit(build, out_shardings=shardings)(key), shardings
-
-
-def _accumulate(loss_fn: Callable, params, batch: dict, totals: Totals, steps: int):
-    """Sums loss, terms, RouterStats and gradients over `steps` micro-batches in a scan."""
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-    if steps == 1:
-        (loss, aux), grads = grad_fn(params, batch, totals)
-        return loss, aux, constrain_params(grads)
-
-    def split(a_BT):
-        # Micro-batch j takes rows j, j + steps, ...: every device keeps the rows it has.
-        return a_BT.reshape(-1, steps, *a_BT.shape[1:]).swapaxes(0, 1)
-
-    def one(total, micro):
-        (loss, aux), grads = grad_fn(params, micro, totals)
-        total = jax.tree.map(jnp.add, total, (loss, aux, grads))
-        return (*total[:2], constrain_params(total[2])), None
-
-    micros = jax.tree.map(split, batch)
-    shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda a: a[0], micros), totals)
-    (loss, aux), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    (loss, aux, grads), _ = jax.lax.scan(one, (loss, aux, constrain_params(grads)), micros)
-    return loss, aux, grads
-
-
-def _update_router_bias(params, stats_L: RouterStats, rate: float):
-    """Moves each expert's bias towards an equal share: bias += rate * sign(mean count - count) (arXiv 2408.15664)."""
-    step_LE = rate * jnp.sign(stats_L.count_E.mean(-1, keepdims=True) - stats_L.count_E)
-
-    def move(path, leaf):
-        return leaf + step_LE if path_names(path)[-1] == "router_bias_E" else leaf
-
-    return jax.tree_util.tree_map_with_path(move, params)
-
-
-def make_train_step(config: Config, optimizer: optax.GradientTransformation, loss_fn: Callable) -> Callable:
-    """Builds the pure function (state, batch) -> (state, metrics), to be jitted with the state donated.
-
-    The metrics are float32 device arrays: scalars, and per layer load_LE, entropy_L, dropped_L.
-    """
-    schedule = learning_rate_schedule(config.optim, config.train.steps)
-
-    def micro_loss(params, batch, totals):
-        return loss_fn(params, batch, totals, config.loss)
-
-    def train_step(state: TrainState, batch: dict):
-        totals = Totals.of(batch)
-        steps = config.train.accumulation_steps
-        loss, (terms, stats_L), grads = _accumulate(micro_loss, state.params, batch, totals, steps)
-        norm = optax.tree.norm(grads)
-        grads = clip_by_norm(grads, norm, config.optim.clip_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        if config.loss.bias_update_rate:
-            params = _update_router_bias(params, stats_L, config.loss.bias_update_rate)
-
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        ok = finite & ~state.halted
-        new = TrainState(state.step + 1, params, opt_state, state.halted)
-        # A select inside the optimizer's own elementwise loops: it costs no extra pass over the state.
-        new = jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, state)
-        new = dataclasses.replace(new, halted=state.halted | ~finite)
-        assignments_L = jnp.maximum(stats_L.count_E.sum(-1), 1.0)
-        return new, {
-            "loss": loss,
-            **terms,
-            "gradient_norm": norm,
-            "learning_rate": schedule(state.step),
-            "trained_tokens": totals.weight,
-            "tokens": totals.tokens,
-            "load_LE": stats_L.count_E / assignments_L[:, None],
-            "entropy_L": stats_L.entropy / jnp.maximum(stats_L.tokens, 1.0),
-            "dropped_L": stats_L.dropped / assignments_L,
-            "halted": new.halted,
-        }
-
-    return train_step
 
 
 @dataclasses.dataclass

@@ -10,7 +10,7 @@ from mixtral_jax.config import Config, from_config_dict, resolve_mesh
 from mixtral_jax.optim import make_optimizer
 from mixtral_jax.sharding import make_mesh, named_leaves, place, replicated, tree_shardings
 from mixtral_jax.stages import STAGES
-from mixtral_jax.trainer import TrainState, init_state, make_train_step
+from mixtral_jax.step import TrainState, init_state, make_train_step
 
 ALL_TERMS = dict(balance_weight=0.04, router_z_weight=1e-3, z_weight=1e-3)
 

@@ -9,7 +9,7 @@ LAYERS = [
     {"config", "sharding"},
     {"models", "kernels", "losses", "optim", "data"},
     {"checkpoint", "metrics", "progress", "jsonl", "generate"},
-    {"stages", "trainer", "evals", "report", "panels"},
+    {"stages", "step", "trainer", "evals", "report", "panels"},
     {"cli"},
 ]
 ROOT = Path(__file__).parent.parent

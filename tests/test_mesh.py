@@ -9,9 +9,9 @@ import pytest
 from mixtral_jax.losses import Totals
 from mixtral_jax.models import mixtral
 from mixtral_jax.optim import make_optimizer
-from mixtral_jax.sharding import named_leaves, param_spec, place, replicated
+from mixtral_jax.sharding import named_leaves, param_spec, path_names, place, replicated
 from mixtral_jax.stages import STAGES
-from mixtral_jax.trainer import init_state, make_train_step
+from mixtral_jax.step import init_state, make_train_step
 from tests.helpers import assert_trees_close, on_mesh, random_batch, shard, tiny, train
 
 MESHES = {
@@ -67,6 +67,49 @@ def test_twenty_steps_agree(axes):
         np.testing.assert_array_equal(got["load_LE"], want["load_LE"])
     assert_trees_close(state.params, want_state.params, 1e-4)
     assert want_log[-1]["loss"] != pytest.approx(want_log[0]["loss"], rel=1e-3), "nothing was trained"
+
+
+def collapsed(config):
+    """Parameters whose router bias sends every token to the same K experts, so that most experts get none."""
+    params = mixtral.init(config.model, jax.random.key(1))
+    bias_E = np.zeros(config.model.num_experts, np.float32)
+    bias_E[: config.model.experts_per_token] = 1e3
+
+    def fill(path, leaf):
+        return leaf + bias_E[None, :] if path_names(path)[-1] == "router_bias_E" else leaf
+
+    return jax.tree_util.tree_map_with_path(fill, params)
+
+
+@pytest.mark.parametrize("backend", ["blocks", "dense"])
+@pytest.mark.parametrize("axes", [dict(expert=8), dict(data=2, expert=2, tensor=2)], ids=str)
+def test_all_tokens_on_the_same_experts_agree(axes, backend):
+    """All work lands on one device of the expert axis: nothing is dropped, and the numbers are the oracle's."""
+    batch = random_batch(tiny())
+    results = []
+    for mesh_axes, which in (({}, "dense"), (axes, backend)):
+        config, mesh = on_mesh(tiny(model__router_bias=True, model__expert_backend=which), **mesh_axes)
+        results.append(gradients(config, mesh, collapsed(config), batch))
+    ((want, (_, want_stats)), want_grads), ((got, (_, stats)), grads) = results
+    assert (want_stats.count_E > 0).sum() == 2 * 2, "two layers with two experts each should do all the work"
+    np.testing.assert_array_equal(stats.count_E, want_stats.count_E)
+    assert not stats.dropped.any()
+    assert got == pytest.approx(want, rel=1e-5)
+    assert_trees_close(grads, want_grads, 1e-5)
+
+
+def test_bfloat16_trains_like_float32_to_its_own_accuracy():
+    """bf16 keeps 8 bits, so losses agree to a fraction of a percent; the mesh's collectives run in bf16 too."""
+    batches = [random_batch(tiny(), seed) for seed in range(3)]
+    _, want = train(*on_mesh(tiny(train__steps=STEPS)), batches)
+    config, mesh = on_mesh(
+        tiny(model__dtype="bfloat16", model__remat="full", train__steps=STEPS), fsdp=2, expert=2, tensor=2
+    )
+    state, got = train(config, mesh, batches)
+    for a, b in zip(got, want, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=5e-3)
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=3e-2)
+    assert {leaf.dtype for leaf in named_leaves(state.params).values()} == {np.dtype(np.float32)}
 
 
 def test_adam_moments_are_sharded_as_their_parameters():

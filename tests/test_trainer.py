@@ -16,7 +16,8 @@ from mixtral_jax.models import mixtral
 from mixtral_jax.optim import make_optimizer
 from mixtral_jax.sharding import named_leaves
 from mixtral_jax.stages import STAGES
-from mixtral_jax.trainer import NonFiniteError, TrainState, make_train_step
+from mixtral_jax.step import TrainState, make_train_step
+from mixtral_jax.trainer import NonFiniteError
 from tests.helpers import assert_trees_close, on_mesh, random_batch, tiny, train
 
 STEPS = 20

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.models import mixtral, moe
-from tests.helpers import tiny
+from tests.helpers import on_mesh, random_batch, tiny, train
 
 B, T, D, F, E, K = 2, 9, 8, 12, 5, 2
 
@@ -113,6 +113,18 @@ def test_gradients_through_permute_and_unpermute_equal_plain_autodiff(where):
     for name, a, b in zip(("x", "gates", "w_gate", "w_up", "w_down"), got, want, strict=True):
         a, b = (np.where(used, g, 0) for g in (a, b)) if name == "gates" else (a, b)
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), err_msg=name)
+
+
+@pytest.mark.parametrize(("experts", "k"), [(1, 1), (3, 1), (6, 6), (16, 4)])
+def test_any_number_of_experts_trains(experts, k):
+    """E and K at their extremes: loss and gradients are finite, and the shares of a layer add up."""
+    config, mesh = on_mesh(tiny(model__num_experts=experts, model__experts_per_token=k))
+    _, log = train(config, mesh, [random_batch(config)])
+    assert np.isfinite(log[0]["loss"])
+    assert np.isfinite(log[0]["gradient_norm"])
+    assert log[0]["load_LE"].sum(-1) == pytest.approx(1.0)
+    if k == experts:
+        assert log[0]["balance_loss"] == pytest.approx(1.0, abs=1e-6)
 
 
 def test_parameter_counts_of_the_published_models():
