@@ -101,10 +101,11 @@ def parse_arg(arg: str | None, **defaults):
         A ConfigDict of the defaults overridden by the argument.
 
     Raises:
-        ValueError: an unknown name, or a value that does not convert.
+        ValueError: an unknown name, a value that does not convert, or `tiny` beside others.
     """
     values = dict(defaults)
-    for item in filter(None, (arg or "").split(",")):
+    items = [item for item in (arg or "").split(",") if item]
+    for item in items:
         name, _, text = item.partition("=")
         if name not in defaults:
             raise ValueError(f"unknown config argument {name!r}; this config knows {', '.join(sorted(defaults))}")
@@ -118,6 +119,10 @@ def parse_arg(arg: str | None, **defaults):
                 values[name] = kind(text)
             except ValueError as error:
                 raise ValueError(f"config argument {name}={text!r} is not of type {kind.__name__}") from error
+    if values.get("tiny") and len(items) > 1:
+        raise ValueError(
+            f"config argument {arg!r}: tiny fixes all sizes and goes alone; change others with --config.GROUP.KEY"
+        )
     return ConfigDict(values)
 
 

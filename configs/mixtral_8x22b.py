@@ -34,7 +34,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.loss.update(balance_weight=0.002)  # the published 0.001 in Hugging Face's convention, times K = 2
     c.optim.update(learning_rate=1.5e-4, warmup_steps=2000, final_lr_ratio=0.1, weight_decay=0.1, clip_norm=1.0)
     c.train.update(
-        steps=250_000, batch_size=1024, seq_len=4096, eval_every=1000, checkpoint_every=1000, sample_every=1000
+        steps=250_000,
+        batch_size=1024,
+        seq_len=4096,
+        accumulation_steps=16,
+        eval_every=1000,
+        checkpoint_every=1000,
+        sample_every=1000,
     )
     c.mesh.update(fsdp=-1, expert=8)
     return common.shrink(c) if args.tiny else c

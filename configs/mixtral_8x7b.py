@@ -4,8 +4,10 @@
         --config.data.source=jsonl --config.data.path='corpus/*.jsonl'
 
 46,702,792,704 parameters, 12,879,925,248 active per token. Weights, moments and gradients in float32 take 16 bytes a
-parameter, 747 GB in all: 64 chips of 80 GB or more leave room for activations. The paper does not publish its training
-recipe; learning rate, batch and schedule are the common ones for models of this size. Result: not yet measured.
+parameter, 747 GB in all. Meant for 64 chips of 80 GB or more (fsdp 8, expert 8): one sequence a chip and micro-batch.
+Whether it fits yours has not been measured; the dense attention scores of this version (heads x 4096^2 a layer) are the
+largest buffer. The paper does not publish its training recipe; learning rate, batch and schedule are the common ones
+for models of this size. Result: not yet measured.
 """
 
 from ml_collections import ConfigDict
@@ -36,7 +38,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.optim.update(learning_rate=3e-4, warmup_steps=2000, final_lr_ratio=0.1, weight_decay=0.1, clip_norm=1.0)
     c.data.update(tokenizer="mistral-v1")
     c.train.update(
-        steps=250_000, batch_size=1024, seq_len=4096, eval_every=1000, checkpoint_every=1000, sample_every=1000
+        steps=250_000,
+        batch_size=1024,
+        seq_len=4096,
+        accumulation_steps=16,
+        eval_every=1000,
+        checkpoint_every=1000,
+        sample_every=1000,
     )
     c.mesh.update(fsdp=-1, expert=8)
     return common.shrink(c) if args.tiny else c

@@ -56,38 +56,46 @@ class Checkpoints:
         )
         self._manager.save(step, args=items)
 
-    def restore(self, step: int, params, opt_state) -> tuple[Any, Any, dict[str, Any]]:
+    def restore(self, step: int, params, opt_state) -> tuple[Any, Any]:
         """Restores a step onto the shardings of `params` and `opt_state` (arrays or ShapeDtypeStructs with shardings).
 
-        Returns:
-            params, opt_state, meta.
+        Raises:
+            UserError: the checkpoint is of another model or another optimizer.
         """
-        self._check_shapes(step, params)
+        self._check(step, "params", params, "model")
+        self._check(step, "opt_state", opt_state, "optimizer")
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(_abstract(params)),
             opt_state=ocp.args.StandardRestore(_abstract(opt_state)),
-            meta=ocp.args.JsonRestore(),
         )
         found = self._manager.restore(step, args=items)
-        return _refill(params, found["params"]), _refill(opt_state, found["opt_state"]), found["meta"]
+        return _refill(params, found["params"]), _refill(opt_state, found["opt_state"])
 
     def restore_params(self, step: int, params):
-        """Restores the parameters alone onto the shardings of `params`."""
-        self._check_shapes(step, params)
+        """Restores the parameters alone onto the shardings of `params`.
+
+        Raises:
+            UserError: the checkpoint is of another model.
+        """
+        self._check(step, "params", params, "model")
         items = ocp.args.Composite(params=ocp.args.StandardRestore(_abstract(params)))
         return _refill(params, self._manager.restore(step, args=items)["params"])
 
-    def _check_shapes(self, step: int, params) -> None:
-        """Refuses another model's checkpoint: Orbax would quietly pad or cut arrays of another shape."""
-        stored = self._manager.item_metadata(step)["params"]
-        stored = {name: tuple(leaf.shape) for name, leaf in stored.items()}
-        wanted = {name: tuple(leaf.shape) for name, leaf in named_leaves(params).items()}
-        if stored != wanted:
-            names = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
-            lines = [f"  {name}: checkpoint {stored.get(name)}, model {wanted.get(name)}" for name in names]
+    def meta(self, step: int) -> dict[str, Any]:
+        """Reads what was stored beside the arrays."""
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    def _check(self, step: int, item: str, like, what: str) -> None:
+        """Refuses arrays of other names or shapes: Orbax would quietly pad or cut an array of another shape."""
+        stored = {name: tuple(leaf.shape) for name, leaf in self._manager.item_metadata(step)[item].items()}
+        wanted = {name: tuple(leaf.shape) for name, leaf in named_leaves(like).items()}
+        names = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
+        if names:
+            lines = [f"  {n}: checkpoint {stored.get(n, 'none')}, now {wanted.get(n, 'none')}" for n in names[:12]]
+            more = [f"  and {len(names) - 12} more"] if len(names) > 12 else []
             raise UserError(
-                f"the checkpoint {self.folder}/{step} is of another model; use its own config or another workdir:\n"
-                + "\n".join(lines)
+                f"the checkpoint {self.folder}/{step} is of another {what}; use its own configuration or another workdir:\n"
+                + "\n".join(lines + more)
             )
 
     def close(self) -> None:

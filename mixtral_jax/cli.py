@@ -8,7 +8,7 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from mixtral_jax.config import Config, UserError, from_config_dict
+from mixtral_jax.config import Config, RunError, UserError, from_config_dict
 
 
 def define_config_flag():
@@ -55,6 +55,9 @@ def run(main: Callable[[], None], usage: str) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue from the last checkpoint", file=sys.stderr)
         sys.exit(130)

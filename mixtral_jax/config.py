@@ -5,6 +5,7 @@ Nothing in this file touches a device: a bad configuration is refused before any
 
 import dataclasses
 import difflib
+import math
 import typing
 from typing import Any, Literal
 
@@ -15,6 +16,10 @@ AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 class UserError(ValueError):
     """A mistake of the user's, explained in its message; programs print it without a stack trace and exit with 2."""
+
+
+class RunError(RuntimeError):
+    """A fault of the run itself, explained in its message; programs print it without a stack trace and exit with 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +158,7 @@ def from_config_dict(config: ConfigDict | dict) -> Config:
 
 def _convert(cls, values: Any, prefix: str):
     if not isinstance(values, dict):
-        raise UserError(f"{prefix.rstrip('.')} is {values!r}; it must be a group of keys")
+        raise UserError(f"{prefix.rstrip('.') or 'the configuration'} is {values!r}; it must be a group of keys")
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
@@ -176,6 +181,8 @@ def _value(kind, value: Any, name: str):
         return value
     if kind is float and type(value) is int:
         return float(value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name}={value}; it must be a finite number")
     if type(value) is not kind:
         raise UserError(f"{name}={value!r} is of type {type(value).__name__}; it must be {kind.__name__}")
     return value
@@ -210,6 +217,11 @@ def validate(config: Config) -> None:
     _validate_model(config)
     _validate_optim(config.optim, config.train.steps)
     data, train = config.data, config.train
+    _require(train.seed < 2**32, f"train.seed={train.seed}; seeds from 2**32 = {2**32} on repeat smaller ones")
+    _require(
+        train.sample_tokens < config.model.max_seq_len,
+        f"train.sample_tokens={train.sample_tokens} leaves no room for a prompt in model.max_seq_len={config.model.max_seq_len}; lower it",
+    )
     _divisible("train.batch_size", train.batch_size, "train.accumulation_steps", train.accumulation_steps)
     _require(
         0 < data.heldout_fraction < 1,
@@ -289,6 +301,18 @@ def _validate_optim(optim: OptimConfig, steps: int) -> None:
             optim.schedule != "warmup_stable_decay" or optim.decay_steps > 0,
             "optim.decay_steps=0 leaves warmup_stable_decay without its decay; set it to about a tenth of train.steps",
         )
+    if optim.moment_dtype == "bfloat16":
+        _require(
+            optim.name != "adafactor",
+            "optim.moment_dtype=bfloat16: adafactor's moments are small; set it to float32",
+        )
+        for key in ("b1", "b2"):
+            # bfloat16 keeps 8 bits: with 1 - beta under 2^-8, beta * m rounds back to m, and a large moment never shrinks.
+            beta = getattr(optim, key)
+            _require(
+                1.0 - beta >= 2.0**-8,
+                f"optim.{key}={beta} cannot decay a bfloat16 moment; lower it to 0.996 or set optim.moment_dtype=float32",
+            )
 
 
 def resolve_mesh(config: Config, num_devices: int) -> Config:

@@ -3,11 +3,11 @@
 Every line has "kind", "step" and "time" (seconds since 1970); the rest depends on the kind:
 
     train    loss, token_loss (nats per token), balance_loss, router_z_loss, z_loss, gradient_norm, learning_rate,
-             tokens_per_second, mfu, and per layer: load_LE (share of the assignments), entropy_L (nats),
+             tokens, trained_tokens (those with a loss), tokens_per_second, mfu, and per layer: load_LE (share of the assignments), entropy_L (nats),
              dropped_L (share), max_over_mean_L
     heldout  loss (nats per token), bits_per_byte
     sample   text
-    final    bits_per_byte, unigram_bits_per_byte, bigram_bits_per_byte
+    final    loss, tokens, bits_per_byte, unigram_bits_per_byte, bigram_bits_per_byte, baseline_tokens
 """
 
 import json

@@ -14,6 +14,11 @@ from tqdm import tqdm
 from mixtral_jax.metrics import human, short_float
 
 
+def printable(text: str) -> str:
+    """Escapes control characters, which a young model's samples are full of; a terminal would obey them."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def duration(seconds: float) -> str:
     """Formats a time as m:ss or h:mm:ss; "?" where it is not known."""
     if not math.isfinite(seconds):

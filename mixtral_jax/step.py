@@ -26,21 +26,35 @@ class TrainState:
     halted: jax.Array  # bool; set by a non-finite step, makes every later step a no-op
 
 
-def init_state(config: Config, optimizer: optax.GradientTransformation, mesh):
-    """Creates the state sharded, each device only its own part.
-
-    Returns:
-        state, and its NamedShardings (the out_shardings of the train step: without them XLA replicates the moments).
-    """
-
+def _builder(config: Config, optimizer: optax.GradientTransformation) -> Callable:
     def build(key):
         params = mixtral.init(config.model, key)
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jnp.zeros((), bool))
 
-    key = jax.random.key(config.train.seed)
-    shapes = jax.eval_shape(build, key)
+    return build
+
+
+def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh):
+    """The state as ShapeDtypeStructs with shardings: what a checkpoint is restored onto, without any memory of its own.
+
+    Returns:
+        the abstract TrainState, and its NamedShardings.
+    """
+    shapes = jax.eval_shape(_builder(config, optimizer), jax.random.key(config.train.seed))
     shardings = tree_shardings(shapes, mesh, shapes.params)
-    return jax.jit(build, out_shardings=shardings)(key), shardings
+    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return like, shardings
+
+
+def init_state(config: Config, optimizer: optax.GradientTransformation, mesh):
+    """Creates the state with random weights, sharded: each device makes only its own part.
+
+    Returns:
+        state, and its NamedShardings (the out_shardings of the train step: without them XLA replicates the moments).
+    """
+    _, shardings = abstract_state(config, optimizer, mesh)
+    build = jax.jit(_builder(config, optimizer), out_shardings=shardings)
+    return build(jax.random.key(config.train.seed)), shardings
 
 
 def _accumulate(loss_fn: Callable, params, batch: dict, totals: Totals, steps: int):

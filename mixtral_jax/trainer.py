@@ -11,19 +11,19 @@ import numpy as np
 
 from mixtral_jax import metrics, report
 from mixtral_jax.checkpoint import Checkpoints, store_run
-from mixtral_jax.config import Config, UserError, resolve_mesh
+from mixtral_jax.config import Config, RunError, UserError, resolve_mesh
 from mixtral_jax.data import Corpus, build_cache, load_tokenizer, prefetch
 from mixtral_jax.generate import sample
 from mixtral_jax.jsonl import JsonlWriter, read_jsonl
 from mixtral_jax.models import mixtral
 from mixtral_jax.optim import make_optimizer
-from mixtral_jax.progress import Progress, Throughput
+from mixtral_jax.progress import Progress, Throughput, printable
 from mixtral_jax.sharding import make_mesh, place, replicated
 from mixtral_jax.stages import STAGES
-from mixtral_jax.step import TrainState, init_state, make_train_step
+from mixtral_jax.step import TrainState, abstract_state, init_state, make_train_step
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """The loss or the gradient norm of a step was not finite; that step's update never happened."""
 
 
@@ -55,13 +55,12 @@ class Run:
 
 
 def start(config: Config, workdir: Path, make_heldout: Callable) -> Run:
-    """Builds a run, restores its state where there is one, and prints the header.
+    """Builds a run from a configuration whose mesh is resolved, restores its state if there is one, prints the header.
 
     Raises:
-        UserError: the mesh, the tokenizer, the data or the checkpoint does not fit the configuration.
+        UserError: the tokenizer, the data or the checkpoint does not fit the configuration.
     """
-    config = resolve_mesh(config, jax.device_count())
-    tokenizer = load_tokenizer(config.data.tokenizer, config.data.cache_dir)
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.cache_dir, config.data.heldout_fraction)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids and model.vocab_size={config.model.vocab_size}; "
@@ -71,15 +70,17 @@ def start(config: Config, workdir: Path, make_heldout: Callable) -> Run:
     mesh = make_mesh(config.mesh)
     stage = STAGES[config.train.stage]
     optimizer = make_optimizer(config.optim, config.train.steps)
-    state, shardings = init_state(config, optimizer, mesh)
     checkpoints = Checkpoints(workdir, config.train.checkpoints_to_keep)
     # Where the state comes from: this run's newest checkpoint if there is one, else random weights.
     step = checkpoints.latest()
-    if step is not None:
-        params, opt_state, meta = checkpoints.restore(step, state.params, state.opt_state)
-        if meta["tokenizer"] != tokenizer.fingerprint:
-            raise UserError(f"{workdir} was trained with another tokenizer than {tokenizer.name}; use another workdir")
-        state = TrainState(jax.device_put(np.int32(step), replicated(mesh)), params, opt_state, state.halted)
+    if step is None:
+        state, shardings = init_state(config, optimizer, mesh)
+    else:
+        _check_resume(config, checkpoints, step, _identity(config, tokenizer, corpus))
+        like, shardings = abstract_state(config, optimizer, mesh)
+        params, opt_state = checkpoints.restore(step, like.params, like.opt_state)
+        scalars = jax.device_put((np.int32(step), np.bool_(False)), replicated(mesh))
+        state = TrainState(scalars[0], params, opt_state, scalars[1])
     store_run(workdir, config.to_dict())
     tokenizer.save(workdir / "tokenizer")
     step_fn = jax.jit(
@@ -108,6 +109,35 @@ def start(config: Config, workdir: Path, make_heldout: Callable) -> Run:
         writer=JsonlWriter(workdir / "metrics.jsonl", resume_step=first if step is not None else -1),
         throughput=Throughput(config.train.batch_size * config.train.seq_len),
     )
+
+
+def _identity(config: Config, tokenizer, corpus: Corpus) -> dict[str, Any]:
+    """What decides the batches of a run; stored with each checkpoint, because a resume with another would change them."""
+    train = config.train
+    return {
+        "corpus": corpus.key,  # files, tokenizer and data.heldout_fraction
+        "tokenizer": tokenizer.fingerprint,
+        "train.seed": train.seed,
+        "train.batch_size": train.batch_size,
+        "train.seq_len": train.seq_len,
+    }
+
+
+def _check_resume(config: Config, checkpoints: Checkpoints, step: int, identity: dict[str, Any]) -> None:
+    stored = checkpoints.meta(step)["identity"]
+    lines = [
+        f"  {name}: checkpoint {stored[name]}, now {value}" for name, value in identity.items() if stored[name] != value
+    ]
+    if lines:
+        raise UserError(
+            f"the run in {checkpoints.folder.parent} is another one; restore these values or use another workdir:\n"
+            + "\n".join(lines)
+        )
+    if step > config.train.steps:
+        raise UserError(
+            f"the newest checkpoint in {checkpoints.folder} is of step {step}, beyond train.steps={config.train.steps}; "
+            f"set train.steps to at least {step}, or use another workdir"
+        )
 
 
 def _header(config, mesh, tokenizer, corpus, peak, peak_source) -> str:
@@ -142,8 +172,14 @@ def fit(config: Config, workdir: str | Path, make_heldout: Callable, baselines: 
         UserError: see `start`.
         NonFiniteError: a loss or gradient norm was not finite; the step's update did not happen.
     """
+    if jax.process_count() > 1:
+        raise UserError(f"{jax.process_count()} processes were started; training with more than one is not built yet")
+    config = resolve_mesh(config, jax.device_count())
     workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be made a folder: {error}") from error
     run = start(config, workdir, make_heldout)
     try:
         with jax.set_mesh(run.mesh):
@@ -186,10 +222,13 @@ def _log(run: Run, step: int, on_device: dict, documents: list) -> dict:
     values = jax.device_get(on_device)
     if values.pop("halted"):
         names = sorted({name for row in documents for name in row})
+        saved = run.checkpoints.latest()
+        stands = (
+            "there is no checkpoint yet" if saved is None else f"{run.checkpoints.folder}/{saved} is the last good one"
+        )
         raise NonFiniteError(
-            f"step {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}. The update was not made, and the "
-            f"checkpoints in {run.checkpoints.folder} are good up to step {run.checkpoints.latest()}. Documents of this batch: "
-            f"{', '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}. "
+            f"step {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}. The update was not made; {stands}. "
+            f"Documents of this batch: {', '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}. "
             "Try a lower optim.learning_rate, a longer optim.warmup_steps, or loss.z_weight=1e-4."
         )
     health = metrics.router_health(values["load_LE"], values["entropy_L"], values["dropped_L"])
@@ -215,6 +254,7 @@ def _interlude(run: Run, step: int, evaluate: bool, draw_sample: bool, save: boo
         run.progress.note(
             f"held-out at step {step}: loss {found['loss']:.4f}, {found['bits_per_byte']:.4f} bits per byte"
         )
+        report.write_report(run.workdir / "metrics.jsonl", run.workdir / "report.png", run.workdir.name)
     if draw_sample or (last and train.sample_every):
         prompt = train.sample_prompt
         text = sample(
@@ -226,9 +266,10 @@ def _interlude(run: Run, step: int, evaluate: bool, draw_sample: bool, save: boo
             seed=train.seed + step,
         )
         run.writer.write("sample", step, {"text": prompt + text})
-        run.progress.note(f"sample at step {step}:\n" + textwrap.indent(prompt + text, "    | ", lambda line: True))
+        shown = textwrap.indent(printable(prompt + text), "    | ", lambda line: True)
+        run.progress.note(f"sample at step {step}:\n{shown}")
     if save or last:
-        meta = {"tokenizer": run.tokenizer.fingerprint, "step": step}
+        meta = {"identity": _identity(run.config, run.tokenizer, run.corpus)}
         run.checkpoints.save(step, run.state.params, run.state.opt_state, meta)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from configs.common import base, shrink
 from mixtral_jax.config import Config, from_config_dict, resolve_mesh
+from mixtral_jax.losses import Totals
 from mixtral_jax.optim import make_optimizer
 from mixtral_jax.sharding import make_mesh, named_leaves, place, replicated, tree_shardings
 from mixtral_jax.stages import STAGES
@@ -75,6 +76,17 @@ def train(config: Config, mesh, batches: list[dict], stage: str = "pretrain"):
             state, metrics = step(state, place(batch, mesh))
             log.append(jax.device_get(metrics))
     return jax.device_get(state), log
+
+
+def gradients(config, mesh, params, batch):
+    """The pretraining loss, its terms and its gradients on a mesh, on the host: ((loss, (terms, stats)), grads)."""
+
+    def loss_fn(params, batch):
+        return STAGES["pretrain"].loss(params, batch, Totals.of(batch), config.loss)
+
+    with jax.set_mesh(mesh):
+        out = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(shard(params, mesh), place(batch, mesh))
+    return jax.device_get(out)
 
 
 def shard(tree, mesh):

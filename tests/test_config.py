@@ -85,6 +85,7 @@ def test_a_missing_key_is_named():
 
 
 MESHES = [
+    (dict(mesh__fsdp=1, mesh__tensor=2, model__d_ff=47), 2, ["d_ff=47", "mesh.tensor=2", "46 or 48"]),
     (dict(mesh__fsdp=3), 8, ["3 devices", "8", "-1"]),
     (dict(mesh__fsdp=-1, mesh__expert=3), 8, ["multiple of 3", "8"]),
     (dict(mesh__fsdp=-1, mesh__data=-1), 8, ["mesh.data and mesh.fsdp"]),
@@ -116,8 +117,13 @@ def test_the_mesh_fills_in_what_is_left():
 
 
 def test_config_arguments_are_typed():
-    got = parse_arg("tiny,layers=3,rate=0.5,name=x", tiny=False, layers=1, rate=1.0, name="y")
-    assert got.to_dict() == {"tiny": True, "layers": 3, "rate": 0.5, "name": "x"}
-    for arg, word in (("tinny", "tinny"), ("layers=x", "int"), ("tiny=maybe", "true or false")):
+    got = parse_arg("big,layers=3,rate=0.5,name=x", big=False, layers=1, rate=1.0, name="y")
+    assert got.to_dict() == {"big": True, "layers": 3, "rate": 0.5, "name": "x"}
+    for arg, word in (
+        ("tinny", "tinny"),
+        ("layers=x", "int"),
+        ("tiny=maybe", "true or false"),
+        ("tiny,layers=2", "alone"),
+    ):
         with pytest.raises(ValueError, match=word):
             parse_arg(arg, tiny=False, layers=1)

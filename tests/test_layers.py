@@ -49,6 +49,12 @@ def test_imports_run_down(path):
                 assert theirs <= mine, f"{module} (layer {mine}) imports {name} (layer {theirs})"
 
 
+def test_the_trainer_does_not_know_the_evaluations():
+    """They are passed in by train.py, so that an evaluation never changes the loop."""
+    for name in ("trainer", "step", "stages"):
+        assert not [module for module in imported(ROOT / "mixtral_jax" / f"{name}.py") if "evals" in module]
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.name)
 def test_configs_import_nothing_from_the_package(path):
     assert not [name for name in imported(path) if name.startswith("mixtral_jax")]

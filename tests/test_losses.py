@@ -125,3 +125,10 @@ def test_the_balance_gradient_moves_the_router_towards_balance():
 
     value, grad = jax.value_and_grad(balance)(jnp.asarray(w))
     assert balance(w - 0.1 * grad) < value
+
+
+def test_totals_keep_fractional_weights():
+    batch = {"loss_weights_BT": np.array([[0.25, 0.0]]), "segment_ids_BT": np.array([[1, 0]])}
+    assert Totals.of(batch) == (0.25, 1.0)
+    batch["loss_weights_BT"][:] = 0
+    assert Totals.of(batch).weight == 1.0

@@ -6,13 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from mixtral_jax.losses import Totals
 from mixtral_jax.models import mixtral
 from mixtral_jax.optim import make_optimizer
 from mixtral_jax.sharding import named_leaves, param_spec, path_names, place, replicated
 from mixtral_jax.stages import STAGES
 from mixtral_jax.step import init_state, make_train_step
-from tests.helpers import assert_trees_close, on_mesh, random_batch, shard, tiny, train
+from tests.helpers import assert_trees_close, gradients, on_mesh, random_batch, tiny, train
 
 MESHES = {
     "fsdp8": dict(fsdp=8),
@@ -23,15 +22,6 @@ MESHES = {
     "fsdp2_expert2_tensor2": dict(fsdp=2, expert=2, tensor=2),
 }
 STEPS = 20
-
-
-def gradients(config, mesh, params, batch):
-    def loss_fn(params, batch):
-        return STAGES["pretrain"].loss(params, batch, Totals.of(batch), config.loss)
-
-    with jax.set_mesh(mesh):
-        out = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(shard(params, mesh), place(batch, mesh))
-    return jax.device_get(out)
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from mixtral_jax import optim as optim_lib
 from mixtral_jax.config import MeshConfig, OptimConfig, UserError
 from mixtral_jax.sharding import make_mesh, named_leaves, tree_shardings
+from tests.helpers import tiny
 
 L, V, D, N, G, H, F, E = 2, 10, 8, 4, 2, 3, 12, 3
 SHAPES = {
@@ -231,9 +232,9 @@ def test_bfloat16_moments_are_only_stored_and_arithmetic_is_float32():
 
 def test_moments_that_bfloat16_cannot_decay_are_refused():
     with pytest.raises(UserError, match=r"b2=0\.999"):
-        optim_lib.make_optimizer(config(b2=0.999, moment_dtype="bfloat16"), 10)
+        tiny(optim__b2=0.999, optim__moment_dtype="bfloat16")
     with pytest.raises(UserError, match="adafactor"):
-        optim_lib.make_optimizer(config(name="adafactor", moment_dtype="bfloat16"), 10)
+        tiny(optim__name="adafactor", optim__moment_dtype="bfloat16")
     # What the first refusal is about, and that 0.996 is on the right side.
     values = jnp.linspace(1, 2, 256, endpoint=False).astype(jnp.bfloat16)
     shrunk = {b2: (values.astype(jnp.float32) * b2).astype(jnp.bfloat16) < values for b2 in (0.996, 0.999)}

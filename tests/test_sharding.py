@@ -30,7 +30,7 @@ def test_every_parameter_of_the_model_has_a_spec():
     from tests.helpers import tiny
 
     for name, leaf in named_leaves(mixtral.abstract(tiny(model__router_bias=True).model)).items():
-        param_spec(name.rpartition(".")[2], leaf.ndim)
+        assert len(param_spec(name.rpartition(".")[2], leaf.ndim)) == leaf.ndim, name
 
 
 def test_place_puts_rows_where_the_batch_axes_are():

@@ -10,7 +10,7 @@ import pytest
 
 from mixtral_jax import evals, trainer
 from mixtral_jax.config import UserError
-from mixtral_jax.data import Batches, TokenFile, pack
+from mixtral_jax.data import Batches, TokenFile, is_heldout, pack
 from mixtral_jax.losses import Totals
 from mixtral_jax.models import mixtral
 from mixtral_jax.optim import make_optimizer
@@ -18,7 +18,7 @@ from mixtral_jax.sharding import named_leaves
 from mixtral_jax.stages import STAGES
 from mixtral_jax.step import TrainState, make_train_step
 from mixtral_jax.trainer import NonFiniteError
-from tests.helpers import assert_trees_close, on_mesh, random_batch, tiny, train
+from tests.helpers import assert_trees_close, gradients, on_mesh, random_batch, tiny, train
 
 STEPS = 20
 
@@ -39,6 +39,35 @@ def assert_same_run(got, want, skip=()):
         for name in {"loss", "token_loss", "z_loss", "router_z_loss", "balance_loss", "gradient_norm"} - set(skip):
             assert a[name] == pytest.approx(b[name], rel=1e-5), f"step {step}: {name}"
     assert_trees_close(state.params, want_state.params, 1e-4)
+
+
+VARIANTS = {
+    "unrolled": dict(model__scan_layers=False),
+    "remat_full": dict(model__remat="full"),
+    "remat_outputs": dict(model__remat="outputs"),
+    "remat_dots": dict(model__remat="dots"),
+    "unrolled_remat": dict(model__scan_layers=False, model__remat="full"),
+    "dense": dict(model__expert_backend="dense"),
+}
+
+
+@functools.cache
+def plain_gradients():
+    config, mesh = on_mesh(tiny())
+    params = mixtral.init(config.model, jax.random.key(2))
+    return params, gradients(config, mesh, params, random_batch(config))
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_every_way_to_compute_has_the_same_gradients(changes):
+    """Leaf by leaf to 1e-5 of each leaf's scale; the runs below compare 20 steps."""
+    _, ((want, _), want_grads) = plain_gradients()
+    config, mesh = on_mesh(tiny(**changes))
+    other = mixtral.init(config.model, jax.random.key(2))
+    (got, _), grads = gradients(config, mesh, other, random_batch(config))
+    assert got == pytest.approx(want, rel=1e-5)
+    # The trees differ in the configuration they carry: compare by name.
+    assert_trees_close(named_leaves(grads), named_leaves(want_grads), 1e-5)
 
 
 def test_unrolled_layers_equal_scanned_layers():
@@ -214,18 +243,19 @@ def test_the_compiled_step_does_not_grow_with_the_layers():
 
 def fit(workdir, **overrides):
     cache = workdir.parent / "cache"
-    config = tiny(
+    defaults = dict(
         data__source="text",
         data__path=str(workdir.parent / "corpus"),
         data__cache_dir=str(cache),
         data__heldout_fraction=0.3,
         model__vocab_size=320,
         train__steps=6,
-        train__checkpoint_every=2,
+        train__checkpoint_every=4,  # step 6 is saved because it is the last
+        train__eval_batches=1,
         train__eval_every=3,
         train__log_every=1,
-        **overrides,
     )
+    config = tiny(**defaults | overrides)
     return trainer.fit(
         dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=-1)),
         workdir,
@@ -251,6 +281,11 @@ def test_fit_writes_everything_and_resumes_to_the_same_result(corpus, monkeypatc
     assert set(final) >= {"loss", "bits_per_byte", "unigram_bits_per_byte", "bigram_bits_per_byte"}
     made = {path.name for path in (corpus / "straight").iterdir()}
     assert made >= {"checkpoints", "config.json", "tokenizer", "metrics.jsonl", "report.png"}
+    assert (corpus / "straight" / "checkpoints" / "6").is_dir()
+    heldout = [text for path in (corpus / "corpus").iterdir() if is_heldout(text := path.read_text(), 0.3)]
+    assert final["tokens"] == sum(len(text) + 1 for text in heldout), (
+        "the final evaluation reads every held-out byte and EOS"
+    )
 
     # Stop after step 5 (the newest checkpoint is of step 4), then start again: steps 5 and 6 are run once more.
     log = trainer._log
@@ -274,12 +309,35 @@ def test_fit_writes_everything_and_resumes_to_the_same_result(corpus, monkeypatc
         for name in ("straight", "stopped")
     ]
     assert lines[0] == lines[1]
+    before = (corpus / "stopped" / "metrics.jsonl").read_text()
+    assert fit(corpus / "stopped") == {}, "a finished run is not evaluated again"
+    assert (corpus / "stopped" / "metrics.jsonl").read_text() == before
 
 
-def test_fit_refuses_another_model_in_the_same_workdir(corpus):
+def test_fit_refuses_to_continue_another_run(corpus, capfd):
+    """Another model, optimizer, seed, split, batch or a past: refused with both values, and nothing is overwritten."""
     fit(corpus / "run")
-    with pytest.raises(UserError, match="w_gate_EDF"):
-        fit(corpus / "run", model__d_ff=40)
+    stored = (corpus / "run" / "config.json").read_text()
+    for changes, words in (
+        (dict(model__d_ff=40), "w_gate_EDF.*48.*40"),
+        (dict(optim__name="muon", optim__b2=0.9), "another optimizer"),
+        (dict(train__seed=7), "train.seed: checkpoint 0, now 7"),
+        (dict(train__seq_len=16), "train.seq_len: checkpoint 32, now 16"),
+        (dict(data__heldout_fraction=0.4), "corpus: checkpoint"),
+        (dict(train__steps=5), "step 6, beyond train.steps=5"),
+    ):
+        with pytest.raises(UserError, match=f"(?s){words}"):
+            fit(corpus / "run", **changes)
+    assert (corpus / "run" / "config.json").read_text() == stored
+    capfd.readouterr()
+    assert fit(corpus / "run") == {}
+    assert "this run is finished" in capfd.readouterr().err
+
+
+def test_fit_refuses_a_workdir_that_is_a_file(corpus):
+    (corpus / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made a folder"):
+        fit(corpus / "file")
 
 
 def test_fit_names_step_and_documents_of_a_non_finite_loss(corpus):

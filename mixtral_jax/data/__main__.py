@@ -28,6 +28,7 @@ DEFAULTS = {
     "workers": (2, "threads that read ahead in training"),
 }
 SEQ_LEN = 4096
+PREVIEW_LIMIT = 10_000_000
 EPILOG = """examples:
   python -m mixtral_jax.data build --tokenizer=stdlib:4096 --seq_len=2048
   python -m mixtral_jax.data build --source=jsonl --path='corpus/*.jsonl' --text_key=content
@@ -95,7 +96,7 @@ def _data_config(arguments: argparse.Namespace) -> DataConfig:
 
 def _open(arguments: argparse.Namespace) -> tuple[Tokenizer, Corpus]:
     data = _data_config(arguments)
-    tokenizer = load_tokenizer(data.tokenizer, data.cache_dir)
+    tokenizer = load_tokenizer(data.tokenizer, data.cache_dir, data.heldout_fraction)
     return tokenizer, build_cache(data, tokenizer)
 
 
@@ -113,6 +114,10 @@ def _build(arguments: argparse.Namespace) -> None:
 
 
 def _preview(arguments: argparse.Namespace) -> None:
+    if arguments.rows * arguments.seq_len > PREVIEW_LIMIT:
+        raise UserError(
+            f"{arguments.rows} rows of {arguments.seq_len} positions; a preview shows at most {PREVIEW_LIMIT:,}"
+        )
     tokenizer, corpus = _open(arguments)
     colour = sys.stdout.isatty()
     for line in preview_lines(corpus.train, tokenizer, arguments.rows, arguments.seq_len, arguments.seed, colour):

@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 MODEL_FILE, BYTES_FILE = "tokenizer.model", "tokenizer.json"
 # `stdlib:SIZE` is trained on the documents that this fraction, the default of data.heldout_fraction, leaves to training.
-HELDOUT = 0.02
 SAMPLE_CHARACTERS, CHUNK_CHARACTERS = 16_000_000, 1000  # SentencePiece skips a sentence of more than 4192 bytes
 SPACE_SYMBOL = "\u2581"  # SentencePiece writes a space as this character, and reads this character as a space
 
@@ -47,13 +46,14 @@ class Tokenizer(Protocol):
     def save(self, folder: str | Path) -> None: ...
 
 
-def load_tokenizer(spec: str, cache_dir: str) -> Tokenizer:
+def load_tokenizer(spec: str, cache_dir: str, heldout_fraction: float = 0.02) -> Tokenizer:
     """Loads a tokenizer.
 
     Args:
         spec: `mistral-v1`, `bytes`, `stdlib:SIZE` (trained once, then cached), the path of a SentencePiece model, or
             a folder written by `save`.
         cache_dir: where `stdlib:SIZE` is kept; `~` is the home directory.
+        heldout_fraction: data.heldout_fraction; `stdlib:SIZE` is trained on the other documents only.
 
     Raises:
         UserError: the spec means nothing, or the file is missing or damaged.
@@ -63,7 +63,7 @@ def load_tokenizer(spec: str, cache_dir: str) -> Tokenizer:
     if spec == "mistral-v1":
         return _load_model(_mistral_v1(), spec)
     if spec.startswith("stdlib:"):
-        return _stdlib_tokenizer(spec, cache_dir)
+        return _stdlib_tokenizer(spec, cache_dir, heldout_fraction)
     path = Path(spec).expanduser()
     if path.is_dir():
         files = [path / name for name in (MODEL_FILE, BYTES_FILE) if (path / name).is_file()]
@@ -74,7 +74,7 @@ def load_tokenizer(spec: str, cache_dir: str) -> Tokenizer:
         path = files[0]
     if not path.is_file():
         raise UserError(
-            f"data.tokenizer={spec!r} is no file; use mistral-v1, bytes, stdlib:SIZE or the path of a SentencePiece model"
+            f"data.tokenizer={spec!r} is no file or folder; use mistral-v1, bytes, stdlib:SIZE or the path of a SentencePiece model"
         )
     return _load_bytes(path) if path.suffix == ".json" else _load_model(path, path.name)
 
@@ -215,18 +215,18 @@ def _sample(texts: Iterable[str]) -> list[str]:
     return [chunk for _, chunk in kept]
 
 
-def _stdlib_tokenizer(spec: str, cache_dir: str) -> SentencePieceTokenizer:
+def _stdlib_tokenizer(spec: str, cache_dir: str, heldout_fraction: float) -> SentencePieceTokenizer:
     size_text = spec.removeprefix("stdlib:")
     if not size_text.isdecimal():
         raise UserError(f"data.tokenizer={spec!r}; write the vocabulary's size after the colon, as in stdlib:4096")
     size = int(size_text)
-    data = DataConfig("stdlib", "", "text", spec, cache_dir, heldout_fraction=HELDOUT, workers=1)
+    data = DataConfig("stdlib", "", "text", spec, cache_dir, heldout_fraction=heldout_fraction, workers=1)
 
     def build(folder: Path):
         logger.info("training the tokenizer %s on the standard library's source (once)", spec)
         start = time.perf_counter()
         texts = (document.text for document in documents(data))
-        model = train_sentencepiece((text for text in texts if not is_heldout(text, HELDOUT)), size)
+        model = train_sentencepiece((text for text in texts if not is_heldout(text, heldout_fraction)), size)
         _write(folder / MODEL_FILE, model)
         logger.info("trained %s in %.1f s", spec, time.perf_counter() - start)
 
@@ -236,7 +236,7 @@ def _stdlib_tokenizer(spec: str, cache_dir: str) -> SentencePieceTokenizer:
             raise UserError(f"{folder / MODEL_FILE} has {tokenizer.vocab_size} pieces instead of {size}")
         return tokenizer
 
-    path = Path(cache_dir).expanduser() / "tokenizers" / f"stdlib-{size}-{fingerprint(data)[:16]}"
+    path = Path(cache_dir).expanduser() / "tokenizers" / f"stdlib-{size}-{heldout_fraction:g}-{fingerprint(data)[:16]}"
     return build_once(path, open_, build)
 
 

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from mixtral_jax.config import Config
 from mixtral_jax.data import Batches, TokenFile, pack
@@ -46,8 +47,15 @@ class Perplexity:
         count = self._batches.n_eval_batches
         picked = range(count) if limit is None or limit >= count else np.linspace(0, count - 1, limit).astype(int)
         mesh = jax.sharding.get_mesh()
-        parts = [self._sums(model, place(self._batches.eval_batch(int(k)), mesh)) for k in picked]
-        nll, weight = np.asarray(jax.device_get(parts), np.float64).sum(0)
+        total, pending = np.zeros(2), None
+        for k in tqdm(picked, "held-out", leave=False, disable=None, unit="batch"):
+            parts = self._sums(model, place(self._batches.eval_batch(int(k)), mesh))
+            if (
+                pending is not None
+            ):  # fetched one batch late, so that the device does not wait and batches do not pile up
+                total += np.asarray(jax.device_get(pending), np.float64)
+            pending = parts
+        nll, weight = total + np.asarray(jax.device_get(pending), np.float64)
         loss = nll / weight
         return {
             "loss": float(loss),

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from mixtral_jax.checkpoint import Checkpoints, load_run
-from mixtral_jax.config import Config, UserError, from_config_dict, resolve_mesh
+from mixtral_jax.config import Config, MeshConfig, UserError, from_config_dict, resolve_mesh
 from mixtral_jax.data import build_cache, load_tokenizer
 from mixtral_jax.evals import EVALS
 from mixtral_jax.models import mixtral
@@ -26,21 +26,20 @@ def load(workdir: str | Path, step: int | None):
         step: one of its checkpoints; None takes the newest.
 
     Returns:
-        config (its mesh resolved for the devices here), model, mesh, step.
+        config (its mesh resolved for the devices here), model, mesh, step, the key of the corpus it was trained on.
 
     Raises:
         UserError: no such run or step.
     """
     workdir = Path(workdir)
-    stored = load_run(workdir)
-    # A run's own mesh says nothing about this machine: spread the parameters over all devices.
-    stored["mesh"] = {axis: -1 if axis == "fsdp" else 1 for axis in stored["mesh"]}
-    config = resolve_mesh(_fit_batch(from_config_dict(stored)), jax.device_count())
+    config = _for_devices(from_config_dict(load_run(workdir)), jax.device_count())
+    folder = workdir / "checkpoints"
+    known = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
+    if not known or step not in (None, *known):
+        there = ", ".join(map(str, known)) or "none"
+        raise UserError(f"{workdir} has no checkpoint {'' if step is None else f'of step {step} '}(there: {there})")
     checkpoints = Checkpoints(workdir)
     step = checkpoints.latest() if step is None else step
-    if step is None or step not in checkpoints.steps():
-        known = ", ".join(str(s) for s in checkpoints.steps()) or "none"
-        raise UserError(f"{workdir} has no checkpoint {'' if step is None else f'of step {step} '}(there: {known})")
     mesh = make_mesh(config.mesh)
     shapes = mixtral.abstract(config.model)
     shardings = tree_shardings(shapes, mesh, shapes)
@@ -48,16 +47,23 @@ def load(workdir: str | Path, step: int | None):
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
     )
     model = checkpoints.restore_params(step, like)
+    key = checkpoints.meta(step)["identity"]["corpus"]
     checkpoints.close()
-    return config, model, mesh, step
+    return config, model, mesh, step, key
 
 
-def _fit_batch(config: Config) -> Config:
-    """Rounds the batch up to the devices: evaluation pads it with empty rows, and they change nothing."""
-    devices = jax.device_count()
+def _for_devices(config: Config, devices: int) -> Config:
+    """Replaces the run's mesh and batch, which were chosen for another machine, by ones for the devices here.
+
+    Parameters are split over as many devices as divide them, the rest are replicas. The batch is rounded up:
+    evaluation fills it with empty rows, and they change nothing.
+    """
+    fits = [n for n in range(1, devices + 1) if devices % n == 0]
+    fsdp = max(n for n in fits if config.model.d_model % n == 0 and config.model.vocab_size % n == 0)
+    mesh = MeshConfig(data=devices // fsdp, fsdp=fsdp, expert=1, context=1, tensor=1)
     rows = -(-config.train.batch_size // config.train.accumulation_steps // devices) * devices
     train = dataclasses.replace(config.train, batch_size=rows, accumulation_steps=1)
-    return dataclasses.replace(config, train=train)
+    return resolve_mesh(dataclasses.replace(config, train=train, mesh=mesh), devices)
 
 
 def evaluate(workdir: str, step: int | None, names: list[str], out: str) -> dict[str, dict[str, float]]:
@@ -69,9 +75,19 @@ def evaluate(workdir: str, step: int | None, names: list[str], out: str) -> dict
     unknown = [name for name in names if name not in EVALS]
     if unknown or not names:
         raise UserError(f"unknown evaluation {', '.join(unknown) or '(none given)'}; there are {', '.join(EVALS)}")
-    config, model, mesh, step = load(workdir, step)
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # before the work: a bad path must not cost an evaluation
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be made a folder: {error}") from error
+    config, model, mesh, step, key = load(workdir, step)
     tokenizer = load_tokenizer(str(Path(workdir) / "tokenizer"), config.data.cache_dir)
     corpus = build_cache(config.data, tokenizer)
+    if corpus.key != key:
+        raise UserError(
+            f"the text that {workdir} was trained on has changed (files, data.heldout_fraction or the Python version): "
+            "what is held out now may have been trained on; evaluate where the run was trained"
+        )
     with jax.set_mesh(mesh):
         results = {name: EVALS[name](config, corpus, model) for name in names}
     print(f"{workdir}, step {step}")
@@ -82,8 +98,6 @@ def evaluate(workdir: str, step: int | None, names: list[str], out: str) -> dict
                 if isinstance(value, float)
                 else f"  {name:<12} {metric:<24} {value:,}"
             )
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     versions = {package: version(package) for package in PACKAGES} | {"python": platform.python_version()}
     report = {
         "results": results,

@@ -57,7 +57,10 @@ class Block(nnx.Module):
     def experts(self, x_BTD, valid_BT):
         """Mixture of experts; returns [B, T, D] in x's dtype and RouterStats."""
         dtype = x_BTD.dtype
-        logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), self.w_router_DE[...])
+        # HIGHEST: by default a GPU rounds float32 operands to tf32 and a TPU to bf16, and near-ties would flip.
+        logits_BTE = jnp.einsum(
+            "BTD,DE->BTE", x_BTD.astype(jnp.float32), self.w_router_DE[...], precision=lax.Precision.HIGHEST
+        )
         bias_E = self.router_bias_E[...] if self.config.router_bias else None
         logits_BTE = constrain(logits_BTE, "BTE")
         gates_BTK, index_BTK, stats = moe.route(logits_BTE, bias_E, valid_BT, self.config.experts_per_token)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from mixtral_jax.models import mixtral, moe
 from tests.helpers import on_mesh, random_batch, tiny, train
@@ -153,3 +154,18 @@ def test_tokens_do_not_see_the_future_or_other_documents():
     changed[0, 1] = (changed[0, 1] + 1) % 128
     moved = np.abs(np.asarray(run(changed)) - before).max(-1)[0] > 1e-6
     np.testing.assert_array_equal(np.flatnonzero(moved), [1, 2, 3, 4])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_router_logits_are_float32_at_full_precision(dtype):
+    """Accelerators round float32 operands by default (tf32, bf16 passes): the lowered matmul must ask for HIGHEST."""
+    c = tiny(model__dtype=dtype).model
+    x = jax.ShapeDtypeStruct((2, 4, c.d_model), dtype)
+    block = jax.eval_shape(lambda key: mixtral.Block(c, nnx.Rngs(params=key)), jax.random.key(0))
+    text = jax.jit(lambda block, x: block.experts(x, jnp.ones((2, 4), bool))).lower(block, x).as_text()
+    router = [
+        line for line in text.splitlines() if "dot_general" in line and f"tensor<2x4x{c.num_experts}xf32>" in line
+    ]
+    assert len(router) == 1, "one matmul gives [B, T, E]"
+    assert "precision = [HIGHEST, HIGHEST]" in router[0]
+    assert f"(tensor<2x4x{c.d_model}xf32>, tensor<{c.d_model}x{c.num_experts}xf32>)" in router[0]

@@ -1,0 +1,140 @@
+"""eval.py from a stored checkpoint to results.json, and its mistakes explained."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mixtral_jax.checkpoint import Checkpoints, store_run
+from mixtral_jax.config import UserError
+from mixtral_jax.data import Corpus, build_cache, load_tokenizer
+from mixtral_jax.evals import baselines, run
+from mixtral_jax.models import mixtral
+from mixtral_jax.sharding import named_leaves
+from tests.helpers import on_mesh, shard, tiny
+
+V = 512
+
+
+def constant(config, steepness: float):
+    """A model with the same logits after any text: of loss log V exactly when they are flat."""
+    like = mixtral.abstract(config.model)
+    leaves = {name: np.zeros(leaf.shape, np.float32) for name, leaf in named_leaves(like).items()}
+    leaves["embedding_VD"][:] = leaves["final_norm_D"][:] = 1
+    leaves["head_DV"][:] = steepness * np.arange(V) / V
+    return jax.tree.unflatten(jax.tree.structure(like), list(leaves.values()))
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A run as training leaves it, on one device: a flat model at step 2, another at step 4."""
+    (tmp_path / "corpus").mkdir()
+    for i in range(20):
+        (tmp_path / "corpus" / f"{i}.txt").write_text(f"document number {i}: " + "the quick brown fox. " * (i + 3))
+    config, mesh = on_mesh(
+        tiny(
+            data__source="text",
+            data__path=str(tmp_path / "corpus"),
+            data__cache_dir=str(tmp_path / "cache"),
+            data__heldout_fraction=0.3,
+            model__vocab_size=V,
+            train__batch_size=3,
+        )
+    )
+    folder = tmp_path / "run"
+    folder.mkdir()
+    store_run(folder, config.to_dict())
+    load_tokenizer("bytes", "").save(folder / "tokenizer")
+    corpus = build_cache(config.data, load_tokenizer("bytes", ""), progress=False)
+    checkpoints = Checkpoints(folder, keep=2)
+    for step, steepness in ((2, 0.0), (4, 1.0)):
+        model = shard(constant(config, steepness), mesh)
+        checkpoints.save(
+            step, model, {"count": jax.numpy.zeros(())}, {"step": step, "identity": {"corpus": corpus.key}}
+        )
+    checkpoints.close()
+    return folder
+
+
+def test_results_are_written_with_all_that_made_them(workdir, tmp_path, capsys):
+    """A run of one device and batches of 3 is evaluated on 8 devices."""
+    out = tmp_path / "reports" / "x"
+    found = run.evaluate(str(workdir), 2, ["perplexity", "baselines"], str(out))
+    assert found["perplexity"]["loss"] == pytest.approx(np.log(V), rel=1e-6)
+    written = json.loads((out / "results.json").read_text())
+    assert written["results"] == found
+    assert set(found["perplexity"]) == {"loss", "perplexity", "bits_per_byte", "tokens"}
+    assert set(found["baselines"]) == {"unigram_bits_per_byte", "bigram_bits_per_byte", "baseline_tokens"}
+    # The baselines are counted on the other split: on this one itself they would do better.
+    config, *_ = run.load(workdir, 2)
+    corpus = build_cache(config.data, load_tokenizer("bytes", ""), progress=False)
+    on_itself = baselines(config, Corpus(corpus.heldout, corpus.heldout))
+    assert found["baselines"] == baselines(config, corpus)
+    for name in ("unigram_bits_per_byte", "bigram_bits_per_byte"):
+        assert on_itself[name] < found["baselines"][name]
+    assert written["config"]["model"]["vocab_size"] == V
+    assert written["config"]["mesh"]["fsdp"] == 8
+    assert written["checkpoint"] == f"{workdir}, step 2"
+    assert {"jax", "flax", "python"} <= written["versions"].keys()
+    printed = capsys.readouterr().out
+    for word in (str(workdir), "step 2", "bits_per_byte", f"{np.log(V):.4f}", "bigram_bits_per_byte", "results.json"):
+        assert word in printed
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2", "4"]
+
+
+def test_the_newest_checkpoint_is_the_default(workdir):
+    config, model, mesh, step, _ = run.load(workdir, None)
+    assert step == 4
+    assert config.mesh.fsdp == mesh.size == 8
+    assert config.train.batch_size == 8
+    for name, leaf in named_leaves(model).items():
+        np.testing.assert_array_equal(leaf, named_leaves(constant(config, 1.0))[name], err_msg=name)
+
+
+def test_text_that_has_changed_since_is_refused(workdir, tmp_path):
+    """Another split might hold out what was trained on."""
+    (tmp_path / "corpus" / "new.txt").write_text("one more document")
+    with pytest.raises(UserError, match="has changed"):
+        run.evaluate(str(workdir), 2, ["perplexity"], str(tmp_path / "out"))
+
+
+def test_a_step_that_is_not_there_is_refused_with_those_that_are(workdir):
+    with pytest.raises(UserError, match=r"no checkpoint of step 3 \(there: 2, 4\)"):
+        run.load(workdir, 3)
+
+
+def test_a_run_without_a_checkpoint_is_refused(tmp_path):
+    store_run(tmp_path, tiny().to_dict())
+    with pytest.raises(UserError, match=r"no checkpoint \(there: none\)"):
+        run.load(tmp_path, None)
+
+
+@pytest.mark.parametrize("names", [["perplexity", "mmlu"], []])
+def test_an_unknown_evaluation_is_refused_before_anything_is_read(tmp_path, names):
+    with pytest.raises(UserError, match=r"(mmlu|none given).*there are perplexity, baselines"):
+        run.evaluate(str(tmp_path / "none"), None, names, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--out={0}/out"], ["--checkpoint is missing"]),
+        (["--checkpoint={0}/none"], ["--out is missing"]),
+        (["--checkpoint={0}/none", "--out={0}/out"], ["config.json does not exist", "--checkpoint"]),
+    ],
+    ids=["no_checkpoint", "no_out", "no_such_run"],
+)
+def test_mistakes_end_with_status_2_and_an_explanation(tmp_path, arguments, words):
+    command = [sys.executable, "eval.py", *(argument.format(tmp_path) for argument in arguments)]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert not list(tmp_path.glob("**/results.json"))

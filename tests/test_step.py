@@ -1,0 +1,87 @@
+"""One step with a loss of known value and gradient: the clip, the guard and the metrics by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mixtral_jax.models import mixtral
+from mixtral_jax.models.moe import RouterStats
+from mixtral_jax.sharding import named_leaves
+from mixtral_jax.step import TrainState, make_train_step
+from tests.helpers import random_batch, tiny
+
+L, E, K, TOKENS = 2, 8, 2, 50.0
+
+
+@jax.custom_vjp
+def with_slope(value, params, slope):
+    """Returns value; its derivative with respect to every number in params is slope."""
+    return value
+
+
+with_slope.defvjp(
+    lambda value, params, slope: (value, (params, slope)),
+    lambda saved, g: (g, jax.tree.map(lambda leaf: g * saved[1] * jnp.ones_like(leaf), saved[0]), None),
+)
+
+
+def known_loss(params, batch, totals, config):
+    """The batch says value and slope; 50 tokens are routed in a skewed way, and some are dropped."""
+    count_LE = jnp.tile(jnp.arange(E) * (TOKENS * K / 28), (L, 1))
+    ones_L = jnp.ones(L)
+    stats_L = RouterStats(count_LE, count_LE / K, ones_L, 1.5 * TOKENS * ones_L, 25.0 * ones_L, TOKENS * ones_L)
+    return with_slope(batch["value"], params, batch["slope"]), ({"a_term": 7 * totals.tokens}, stats_L)
+
+
+def one_step(value=3.0, slope=0.5, step=0, **overrides):
+    """Returns the new state and the metrics of a step of plain gradient descent from zeros, and the number of parameters."""
+    config = tiny(train__steps=20, **overrides)
+    like = mixtral.abstract(config.model)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), like)
+    optimizer = optax.sgd(1.0, momentum=0.5)
+    state = TrainState(np.int32(step), params, optimizer.init(params), np.bool_(False))
+    batch = random_batch(config) | {"value": np.float32(value), "slope": np.float32(slope)}
+    new, metrics = jax.device_get(jax.jit(make_train_step(config, optimizer, known_loss))(state, batch))
+    return new, metrics, sum(leaf.size for leaf in jax.tree.leaves(like))
+
+
+@pytest.mark.parametrize(("slope", "clip"), [(0.5, 1.0), (0.5, 0.0), (1e-4, 1.0)], ids=["clips", "off", "below"])
+def test_the_gradient_is_clipped_and_its_norm_is_the_unclipped_one(slope, clip):
+    state, metrics, count = one_step(slope=slope, optim__clip_norm=clip)
+    norm = slope * np.sqrt(count)
+    assert (norm > clip) == (slope == 0.5), "one case on each side"
+    assert metrics["gradient_norm"] == pytest.approx(norm, rel=1e-4)
+    want = -slope / norm if 0 < clip < norm else -slope
+    for name, leaf in named_leaves(state.params).items():
+        np.testing.assert_allclose(leaf, want, rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(("value", "slope"), [(np.nan, 0.5), (np.inf, 0.5), (3.0, np.nan), (3.0, np.inf), (3.0, 1e30)])
+def test_a_loss_or_a_gradient_that_is_not_finite_changes_nothing(value, slope):
+    """Each alone is enough; gradients of 1e30 are finite themselves and their norm is not."""
+    state, metrics, _ = one_step(value, slope)
+    assert metrics["halted"]
+    assert state.halted
+    assert state.step == 0
+    for tree in (state.params, state.opt_state):
+        for name, leaf in named_leaves(tree).items():
+            np.testing.assert_array_equal(leaf, np.zeros_like(leaf), err_msg=name)
+
+
+def test_the_metrics_say_what_the_step_did():
+    state, metrics, _ = one_step(step=4, optim__warmup_steps=10, optim__learning_rate=0.1)
+    batch = random_batch(tiny())
+    tokens = (batch["segment_ids_BT"] > 0).sum()
+    assert state.step == 5
+    assert not metrics["halted"]
+    assert metrics["loss"] == 3.0
+    assert metrics["a_term"] == 7 * tokens
+    assert metrics["tokens"] == tokens
+    assert metrics["trained_tokens"] == batch["loss_weights_BT"].sum() < tokens
+    # The rate that this update was made with: 5 tenths of the way up.
+    assert metrics["learning_rate"] == pytest.approx(0.05)
+    np.testing.assert_allclose(metrics["load_LE"], np.tile(np.arange(E) / 28, (L, 1)), rtol=1e-5)
+    np.testing.assert_allclose(metrics["entropy_L"], 1.5, rtol=1e-5)
+    np.testing.assert_allclose(metrics["dropped_L"], 25 / (TOKENS * K), rtol=1e-5)
