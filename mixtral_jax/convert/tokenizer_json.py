@@ -24,7 +24,6 @@ def build(model: bytes) -> dict:
     _check(sp, pieces)
     prefix = sp.EncodeAsPieces("a")[0].startswith(SPACE)
     special = [i for i in ids if sp.IsControl(i) or sp.IsUnknown(i)]
-    normal = [i for i in ids if not (sp.IsControl(i) or sp.IsUnknown(i) or sp.IsByte(i))]
     bos, unk = pieces[sp.bos_id()], pieces[sp.unk_id()]
     space = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
     back = [
@@ -62,7 +61,7 @@ def build(model: bytes) -> dict:
             "byte_fallback": True,
             "ignore_merges": False,
             "vocab": {piece: i for i, piece in enumerate(pieces)},
-            "merges": _merges([pieces[i] for i in normal]),
+            "merges": _merges({pieces[i]: sp.GetScore(i) for i in _normal(sp)}),
         },
     }
 
@@ -78,21 +77,31 @@ def _check(sp, pieces: list[str]) -> None:
     probe = "x  y \ufb01\u2460\u212b\uff21 z "
     if sp.Normalize(probe).replace(SPACE, " ").removeprefix(" ") != probe:
         raise ValueError("the model normalises its text")
-    scores = [sp.GetScore(i) for i in range(len(pieces)) if not (sp.IsControl(i) or sp.IsUnknown(i) or sp.IsByte(i))]
-    if scores != [-float(k) for k in range(len(scores))]:
+    # BPE's scores are ranks, 0, -1, ...; pieces of spaces alone may all share the last one (Mixtral's do).
+    scores = {pieces[i]: sp.GetScore(i) for i in _normal(sp)}
+    words = [score for piece, score in scores.items() if piece.strip(SPACE)]
+    if len(set(words)) != len(words) or any(score > 0 or score != int(score) for score in scores.values()):
         raise ValueError("its scores are not the ranks of a BPE model")
 
 
-def _merges(normal: list[str]) -> list[list[str]]:
-    """Every way to put a piece together from two others, in order of the piece's rank."""
-    known = set(normal)
+def _normal(sp) -> list[int]:
+    """Ids of pieces that text is made of, bytes aside."""
+    return [i for i in range(sp.GetPieceSize()) if not (sp.IsControl(i) or sp.IsUnknown(i) or sp.IsByte(i))]
+
+
+def _merges(score: dict[str, float]) -> list[list[str]]:
+    """Every way to put a piece together from two others, the better piece first.
+
+    SentencePiece takes equals (runs of spaces) from the left, so that the leftmost run grows first: longer left
+    halves come first here.
+    """
     merges = []
-    for piece in normal:
-        ways = [[piece[:k], piece[k:]] for k in range(1, len(piece)) if piece[:k] in known and piece[k:] in known]
+    for piece in score:
+        ways = [[piece[:k], piece[k:]] for k in range(1, len(piece)) if piece[:k] in score and piece[k:] in score]
         if len(piece) > 1 and not ways:
             raise ValueError(f"the piece {piece!r} cannot be put together from two others")
-        merges += sorted(ways, key=lambda way: -len(way[0]))
-    return merges
+        merges += ways
+    return sorted(merges, key=lambda way: (-score[way[0] + way[1]], -len(way[0])))
 
 
 def _added(i: int, piece: str) -> dict:

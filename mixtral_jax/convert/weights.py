@@ -1,5 +1,6 @@
 """One view of all weights: a directory of Hugging Face's or Mistral's, or a checkpoint of ours, read in blocks of ours."""
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from mixtral_jax.convert.shards import Shards
 from mixtral_jax.models import mixtral
 from mixtral_jax.sharding import named_leaves
 
-CACHE_BYTES = 512 * 2**20
+CACHE_BYTES = 256 * 2**20
 BIAS = "layers.router_bias_E"
 
 
@@ -108,7 +109,7 @@ class Foreign(Weights):
         self.letters = {name: entry.letters for name, entry in self._entries.items()}
         self._check()
         self.dtypes = self._parameter_dtypes()
-        model = ModelConfig(**(vars(model) | {"dtype": architecture.compute_dtype(set(self.dtypes.values()))}))
+        model = dataclasses.replace(model, dtype=architecture.compute_dtype(set(self.dtypes.values())))
         self.config = architecture.run_config(model, balance, "mistral-v1")
         check_complete(model, {name: layout.parameter_shape(name, self.size) for name in self._entries})
 
