@@ -14,7 +14,6 @@ import orbax.checkpoint as ocp
 from mixtral_jax.config import UserError
 from mixtral_jax.sharding import named_leaves
 
-
 # The largest piece in which an array is stored. Orbax's default is a device's whole shard, so that whoever wants one
 # layer (an export, another mesh) would have to read and unpack all of it.
 CHUNK_BYTES = 64 * 2**20
