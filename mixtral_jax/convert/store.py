@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def new_directory(target: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 parent.rmdir()
         if isinstance(error, OSError):
-            raise UserError(f"cannot write {target}: {error}") from error
+            raise UserError(f"{target} was not made: {error}") from error
         raise
 
 
@@ -64,10 +65,16 @@ class _Streamed:
 
 
 class _StreamedHandler(ocp.type_handlers.NumpyHandler):
-    """Lets Orbax lay out and commit a checkpoint as always; only the writing of an array's content is ours."""
+    """Lets Orbax lay out and commit a checkpoint as always; only the writing of an array's content is ours.
+
+    After an error in one parameter the others stop at their next block, and Orbax ends its save in good order; whoever
+    called it must look at `error`. Raising in here would end Orbax's event loop under the writes still in flight.
+    """
 
     def __init__(self, advance: Callable[[int], None]):
         super().__init__(deepcopy_host_arrays=False)
+        self.error: BaseException | None = None
+        self.busy = 0  # parameters being written
         self._advance = advance
         self._slots = asyncio.Semaphore(IN_FLIGHT)
 
@@ -75,22 +82,28 @@ class _StreamedHandler(ocp.type_handlers.NumpyHandler):
         return "jax.Array"  # what is restored
 
     async def _open_and_write(self, value: _Streamed, tspec: dict, ts_context) -> None:
-        tspec["metadata"]["chunks"] = list(value.chunks)
-        array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
-        writes = set()
-        for index, read in value.blocks():
-            await self._slots.acquire()
-            data = read()
-            task = asyncio.ensure_future(self._write(array[index], data))
-            writes.add(task)
-            task.add_done_callback(writes.discard)
-            del data
-        await asyncio.gather(*writes)
-
-    async def _write(self, array, data: np.ndarray) -> None:
+        self.busy += 1
         try:
-            await array.write(data, can_reference_source_data_indefinitely=True)
-            self._advance(data.nbytes)
+            tspec["metadata"]["chunks"] = list(value.chunks)
+            array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+            writes = set()
+            for index, read in value.blocks():
+                await self._slots.acquire()
+                task = asyncio.ensure_future(self._write(array[index], read))
+                writes.add(task)
+                task.add_done_callback(writes.discard)
+            await asyncio.gather(*writes)
+        finally:
+            self.busy -= 1
+
+    async def _write(self, array, read: Callable[[], np.ndarray]) -> None:
+        try:
+            if self.error is None:
+                data = read()
+                await array.write(data, can_reference_source_data_indefinitely=True)
+                self._advance(data.nbytes)
+        except Exception as error:
+            self.error = self.error or error
         finally:
             self._slots.release()
 
@@ -131,12 +144,23 @@ def write_workdir(
         fingerprint = found.fingerprint
     store_run(folder, config.to_dict())
     items = {name: _Streamed(name, letters[name], size, dtypes[name], read) for name in ordered(dtypes)}
-    registry = ocp.type_handlers.create_type_handler_registry((_Streamed, _StreamedHandler(advance)))
+    handler = _StreamedHandler(advance)
+    registry = ocp.type_handlers.create_type_handler_registry((_Streamed, handler))
     handlers = {
         "params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
         "meta": ocp.JsonCheckpointHandler(),
     }
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-    with ocp.CheckpointManager(folder.resolve() / "checkpoints", item_handlers=handlers, options=options) as manager:
-        meta = ocp.args.JsonSave({"tokenizer": fingerprint, "step": 0})
+    manager = ocp.CheckpointManager(folder.resolve() / "checkpoints", item_handlers=handlers, options=options)
+    meta = ocp.args.JsonSave({"tokenizer": fingerprint, "step": 0})
+    try:
         manager.save(0, args=ocp.args.Composite(params=ocp.args.PyTreeSave(items), meta=meta))
+    except BaseException as error:
+        # Ctrl-C, or Orbax missing what an error of ours kept from being written: that first error is the one to tell.
+        handler.error = handler.error or error
+        while handler.busy:  # Orbax's thread must be out of the folder before it is removed
+            time.sleep(0.05)
+    finally:
+        manager.close()
+    if handler.error is not None:
+        raise handler.error
