@@ -82,7 +82,14 @@ class Checkpoints:
 
         Returns:
             params, opt_state, meta.
+
+        Raises:
+            UserError: the checkpoint is of another model, or was imported and has no optimizer state.
         """
+        if not (self.folder / str(step) / "opt_state").is_dir():
+            raise UserError(
+                f"the checkpoint {self.folder}/{step} has no optimizer state (it was imported); train in another workdir"
+            )
         self._check_shapes(step, params)
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(_abstract(params)),

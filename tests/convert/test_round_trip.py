@@ -11,7 +11,7 @@ import pytest
 
 from configs.common import base
 from mixtral_jax.checkpoint import Checkpoints, load_run, store_run
-from mixtral_jax.config import from_config_dict
+from mixtral_jax.config import UserError, from_config_dict
 from mixtral_jax.convert import architecture
 from mixtral_jax.convert.__main__ import main
 from mixtral_jax.models import mixtral
@@ -165,3 +165,24 @@ def test_defaults_are_those_of_the_base_config():
     ours = architecture.run_config(model, base().loss.balance_weight, base().data.tokenizer)
     assert ours.to_dict() == base().to_dict()
     assert architecture.COMPUTE.items() <= base().model.to_dict().items()
+
+
+def test_an_imported_checkpoint_is_not_resumed(tmp_path):
+    workdir = convert("import", sources.mixtral(tmp_path / "hf"), tmp_path / "run")
+    checkpoints = Checkpoints(workdir)
+    with pytest.raises(UserError, match="no optimizer state"):
+        checkpoints.restore(0, {}, {})
+    checkpoints.close()
+
+
+def test_help_and_wrong_arguments(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    assert "import --from=" in capsys.readouterr().out
+    for arguments in (["export", "--from=a", "--to=b", "--max_shard_size=5XB"], ["import", "--from=a"], ["unknown"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+    assert main(["verify", "--from=/nowhere", "--to=/nowhere"]) == 2
+    assert "/nowhere is no directory" in capsys.readouterr().err
