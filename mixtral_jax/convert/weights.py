@@ -186,7 +186,9 @@ class Ours(Weights):
         folder = self.step / "params"
         metadata = json.loads((folder / "_METADATA").read_text())
         names = [".".join(item["key"] for item in v["key_metadata"]) for v in metadata["tree_metadata"].values()]
-        context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
+        # An imported checkpoint's chunks are our blocks, each read once; training's are cut otherwise.
+        cache = CACHE_BYTES if (self.step / "opt_state").is_dir() else 0
+        context = ts.Context({"cache_pool": {"total_bytes_limit": cache}})
         self._arrays = {
             name: ts.open(self._spec(folder, name, metadata), read=True, context=context).result() for name in names
         }
