@@ -14,6 +14,27 @@ import orbax.checkpoint as ocp
 from mixtral_jax.config import UserError
 from mixtral_jax.sharding import named_leaves
 
+# The largest piece in which an array is stored. Orbax's default is a device's whole shard, so that whoever wants one
+# layer (an export, another mesh) would have to read and unpack all of it.
+CHUNK_BYTES = 64 * 2**20
+EXPERT_WEIGHTS = ("w_gate_EDF", "w_up_EDF", "w_down_EFD")
+
+
+def _save(tree) -> ocp.args.StandardSave:
+    leaves = named_leaves(tree)
+    return ocp.args.StandardSave(leaves, save_args={name: _save_args(name, leaf) for name, leaf in leaves.items()})
+
+
+def _save_args(name: str, leaf) -> ocp.SaveArgs:
+    """Large stacked arrays are cut by layer and by expert first: left to itself Orbax cuts the longest dimensions."""
+    if leaf.nbytes <= CHUNK_BYTES:
+        return ocp.SaveArgs()
+    *parents, last = name.split(".")
+    axes = (0,) if "layers" in parents else ()
+    if axes and last in EXPERT_WEIGHTS:
+        axes = (0, 1)
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=axes)
+
 
 def _refill(like, leaves: dict[str, jax.Array]):
     order = list(named_leaves(like))
@@ -50,8 +71,8 @@ class Checkpoints:
     def save(self, step: int, params, opt_state, meta: dict[str, Any]) -> None:
         """Starts a save and returns; arrays are copied before the call ends, so they may be donated afterwards."""
         items = ocp.args.Composite(
-            params=ocp.args.StandardSave(named_leaves(params)),
-            opt_state=ocp.args.StandardSave(named_leaves(opt_state)),
+            params=_save(params),
+            opt_state=_save(opt_state),
             meta=ocp.args.JsonSave(meta),
         )
         self._manager.save(step, args=items)
@@ -60,8 +81,12 @@ class Checkpoints:
         """Restores a step onto the shardings of `params` and `opt_state` (arrays or ShapeDtypeStructs with shardings).
 
         Raises:
-            UserError: the checkpoint is of another model or another optimizer.
+            UserError: the checkpoint is of another model or another optimizer, or was imported and has no optimizer state.
         """
+        if not (self.folder / str(step) / "opt_state").is_dir():
+            raise UserError(
+                f"the checkpoint {self.folder}/{step} has no optimizer state (it was imported); train in another workdir"
+            )
         self._check(step, "params", params, "model")
         self._check(step, "opt_state", opt_state, "optimizer")
         items = ocp.args.Composite(

@@ -45,7 +45,7 @@ def status(scalars: Mapping[str, Any]) -> str:
     return " | ".join(text(float(value)) for value, text in parts if value is not None)
 
 
-def _is_screen(stream: TextIO) -> bool:
+def is_screen(stream: TextIO) -> bool:
     """Whether a bar can be drawn: on a terminal that knows its width (one in a container may say 0)."""
     try:
         return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
@@ -79,7 +79,7 @@ class Progress:
         self._clock = clock
         self._start: tuple[int, float] | None = None  # (step, time) of the first update: compilation lies before it
         self._bar = None
-        if _is_screen(self._stream):
+        if is_screen(self._stream):
             layout = "{percentage:3.0f}% {bar:16} {desc}"
             self._bar = tqdm(
                 total=total_steps, initial=first_step, file=self._stream, bar_format=layout, dynamic_ncols=True

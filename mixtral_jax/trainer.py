@@ -124,7 +124,10 @@ def _identity(config: Config, tokenizer, corpus: Corpus) -> dict[str, Any]:
 
 
 def _check_resume(config: Config, checkpoints: Checkpoints, step: int, identity: dict[str, Any]) -> None:
-    stored = checkpoints.meta(step)["identity"]
+    meta = checkpoints.meta(step)
+    if "identity" not in meta:
+        raise UserError(f"{checkpoints.folder.parent} holds imported weights and no run; train in another workdir")
+    stored = meta["identity"]
     lines = [
         f"  {name}: checkpoint {stored[name]}, now {value}" for name, value in identity.items() if stored[name] != value
     ]

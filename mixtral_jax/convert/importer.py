@@ -1,0 +1,96 @@
+"""Files of Hugging Face's or Mistral's -> a workdir of ours; and a Mixtral made from a dense model."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from mixtral_jax.config import Config, UserError
+from mixtral_jax.convert import layout, store
+from mixtral_jax.convert.transfer import Transfer
+from mixtral_jax.convert.weights import Foreign, as_float32, open_weights
+from mixtral_jax.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+
+ROUTER = "layers.w_router_DE"
+EXPERTS = ("layers.w_gate_EDF", "layers.w_up_EDF", "layers.w_down_EFD")
+
+
+def import_checkpoint(source: Path, target: Path) -> Config:
+    """Imports a directory. Parameters keep their dtype in the checkpoint and are float32 once restored.
+
+    Returns:
+        the configuration stored with the checkpoint.
+
+    Raises:
+        UserError: the source is incomplete, damaged or of another architecture, or the target exists.
+    """
+    with store.new_directory(target) as folder:
+        weights = open_weights(source)
+        if not isinstance(weights, Foreign):
+            raise UserError(f"{source} is a checkpoint of ours already")
+        try:
+            return _write(weights, weights.block, folder, "import")
+        finally:
+            weights.close()
+
+
+def upcycle(
+    source: Path, target: Path, experts: int, chosen: int, noise: float, router_std: float, seed: int
+) -> Config:
+    """Makes a Mixtral of a dense Mistral or Llama: every expert is a copy of its FFN (sparse upcycling, arXiv 2212.05055).
+
+    The gates of a token sum to one, so without noise the logits are the dense model's, whatever the router does.
+
+    Args:
+        source: a dense model's directory.
+        target: the new workdir.
+        experts, chosen: E and K.
+        noise: standard deviation of what is added to experts' weights, as a share of each block's own.
+        router_std: standard deviation of the router's random weights; 0 would send all tokens to the same experts.
+        seed: of the router and the noise.
+
+    Raises:
+        UserError: as for import_checkpoint, or impossible numbers.
+    """
+    if not 1 <= chosen <= experts:
+        raise UserError(f"--experts_per_token={chosen} must lie between 1 and --experts={experts}")
+    if noise < 0 or router_std <= 0:
+        raise UserError(f"--noise={noise} must not be negative, and --router_std={router_std} must be positive")
+
+    with store.new_directory(target) as folder:
+        dense = Foreign(source, (experts, chosen))
+
+        def read(name: str, block: layout.Block) -> np.ndarray:
+            dtype = dense.dtypes[name]
+            # A stream of its own for every block: the result does not depend on the order of reading.
+            key = (seed, list(dense.dtypes).index(name), block.layer or 0, block.expert or 0, block.start)
+            rng = np.random.default_rng(key)
+            if name == ROUTER:
+                shape = dense.size["D"], block.stop - block.start
+                return (router_std * rng.standard_normal(shape, np.float32)).astype(dtype)
+            values = dense.block(name, block)
+            if noise == 0 or name not in EXPERTS:
+                return values
+            exact = as_float32(values)
+            return (exact + noise * exact.std() * rng.standard_normal(exact.shape, np.float32)).astype(dtype)
+
+        try:
+            return _write(dense, read, folder, "upcycle")
+        finally:
+            dense.close()
+
+
+def _write(weights: Foreign, read, folder: Path, title: str) -> Config:
+    tokenizer = weights.tokenizer_file()
+    config = weights.config
+    spec = "mistral-v1" if tokenizer is None else _tokenizer_spec(tokenizer)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=spec))
+    with Transfer(title, weights.nbytes()) as transfer:
+        store.write_workdir(folder, config, weights.dtypes, weights.letters, read, tokenizer, transfer.advance)
+    return config
+
+
+def _tokenizer_spec(path: Path) -> str:
+    """data.tokenizer: mistral-v1 where the file is that, else the file; the workdir keeps a copy in any case."""
+    mine = SentencePieceTokenizer(path.read_bytes(), str(path)).fingerprint
+    return "mistral-v1" if load_tokenizer("mistral-v1", "").fingerprint == mine else str(path.resolve())
