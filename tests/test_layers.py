@@ -8,7 +8,7 @@ import pytest
 LAYERS = [
     {"config", "sharding"},
     {"models", "kernels", "losses", "optim", "data"},
-    {"checkpoint", "metrics", "progress", "jsonl", "generate"},
+    {"checkpoint", "metrics", "progress", "jsonl", "load", "generate"},
     {"stages", "trainer", "evals", "report", "panels"},
     {"cli"},
 ]
