@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mixtral_jax.checkpoint import Checkpoints, store_run
 from mixtral_jax.data.tokenizer import ByteTokenizer
 from mixtral_jax.generate import Sampling, generate, sample
+from mixtral_jax.generate.__main__ import main
 from mixtral_jax.generate.engine import steps
 from mixtral_jax.models import mixtral
 from mixtral_jax.models.decode import decode, prefill, prepare
@@ -60,13 +62,13 @@ def greedy(weights, rows, n: int, vocab_size: int) -> list[list[int]]:
     return np.stack(list(made), axis=1).tolist()
 
 
-# 5 are few rows for the prepared experts, 12 more than kernels/separate.py:FEW_ROWS.
-@pytest.mark.parametrize(("form", "rows"), [("stacked", 5), ("prepared", 5), ("prepared", 12)])
+# 2 rows go through the prepared experts one by one, 5 are grouped (kernels/separate.py:FEW_ROWS).
+@pytest.mark.parametrize(("form", "rows"), [("stacked", 5), ("prepared", 5), ("prepared", 2)])
 @pytest.mark.parametrize("name", ["mixtral", "window_top3"])
 def test_cached_logits_equal_the_full_forward_at_every_step(name, form, rows):
     config, model = parity_model(name)
     n, width = 12, 24
-    start = np.asarray((LENGTHS * 3)[:rows], np.int32)
+    start = np.asarray(LENGTHS[:rows], np.int32)
     texts = random_rows(config.model.vocab_size, (width,) * rows)
     want = full_logits(model, texts, width)
     tokens = np.full((rows, 11), 7, np.int32)  # whatever pads a prompt changes nothing
@@ -168,6 +170,31 @@ def test_samples_of_training_keep_the_end_of_a_long_prompt():
     text = sample(model, ByteTokenizer(), prompt, max_tokens=8, temperature=0.0, seed=0)
     again = sample(model, ByteTokenizer(), prompt[100:], max_tokens=8, temperature=0.0, seed=0)
     assert text == again
+
+
+def test_the_command_continues_prompts_of_a_stored_run(tmp_path, capsys):
+    config, model = byte_model()
+    store_run(tmp_path, config.to_dict())
+    ByteTokenizer().save(tmp_path / "tokenizer")
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, model, {"count": jnp.zeros(())}, {})
+    checkpoints.close()
+    command = [f"--checkpoint={tmp_path}", "--prompt=def ", "--prompt=x", "--max_tokens=6", "--mesh=expert=2,fsdp=-1"]
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    want = generate(model, ByteTokenizer(), ["def ", "x"], max_tokens=6)
+    assert out == f"def {want[0].text}\n{'-' * 40}\nx{want[1].text}\n"
+    assert "step 3" in err
+    assert "tokens/s" in err
+    for wrong, words in (
+        ("--top_p=0", "top_p=0"),
+        ("--mesh=experts=2", "axes are"),
+        ("--step=4", "there: 3"),
+        ("--max_tokens=999", "max_seq_len=128"),
+        ("--num_samples=2", "temperature"),
+    ):
+        assert main([*command, wrong]) == 2
+        assert words in capsys.readouterr().err
 
 
 def transformers_generate(name: str, rows: list[list[int]], n: int):

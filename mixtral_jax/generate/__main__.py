@@ -107,22 +107,26 @@ def _mesh_sizes(text: str | None) -> dict[str, int] | None:
 def _print(stream, weights, tokenizer, prompts, max_tokens, sampling, seed, stop) -> None:
     """Streams one text as it comes; of several, the first one streams and the others follow whole."""
     pieces = stream(weights, tokenizer, prompts, max_tokens=max_tokens, sampling=sampling, seed=seed, stop=stop)
-    clock = time.perf_counter()
-    print(prompts[0], end="", flush=True)
+    began, times = time.perf_counter(), []  # a time for each token
     try:
         while True:
             row, piece = next(pieces)
+            if not times:
+                print(prompts[0], end="", flush=True)
+            times.append(time.perf_counter())
             if row == 0:
                 print(piece, end="", flush=True)
     except StopIteration as end:
         done = end.value
-    seconds = time.perf_counter() - clock
     print()
     for prompt, continuation in list(zip(prompts, done, strict=True))[1:]:
         print(f"{'-' * 40}\n{prompt}{continuation.text}")
-    count = sum(len(continuation.tokens) for continuation in done)
     reasons = ", ".join(sorted({continuation.reason for continuation in done}))
-    say(f"{count} tokens in {seconds:.2f} s, compilation included: {count / seconds:.1f} tokens/s; ended by {reasons}")
+    say(f"{len(times)} tokens, ended by {reasons}; the first after {times[0] - began:.2f} s, compilation included")
+    after = len(times) - len(prompts)  # all rows have their first token at the same time
+    if after > 0:
+        rate = after / (times[-1] - times[0])
+        say(f"then {rate:,.1f} tokens/s over {len(prompts)} row{'s' * (len(prompts) > 1)}")
 
 
 if __name__ == "__main__":

@@ -101,7 +101,8 @@ def stream(
         stop: strings that end a text and are not part of it.
 
     Yields:
-        (row, piece): new text of prompt number `row`. A row's pieces concatenate to its final text.
+        (row, piece), once for every token sampled: the text of prompt number `row` that is final now. It is empty while a
+        character is incomplete or a stop string may have begun. A row's pieces concatenate to its final text.
 
     Returns:
         a Continuation for each prompt (the generator's return value).
@@ -138,9 +139,8 @@ def stream(
             if last or streams[row].stopped:
                 reasons[row] = "stop" if streams[row].stopped else "eos"
                 active[row] = False
-            if piece:
-                texts[row] += piece
-                yield int(row), piece
+            texts[row] += piece
+            yield int(row), piece
         if not active.any():
             break
     return [Continuation(*row) for row in zip(texts, tokens, reasons, strict=True)]
