@@ -7,12 +7,14 @@ they meet the same load of the machine. transformers is timed where it can be im
 """
 
 import argparse
+import os
 import statistics
 import time
 
 import jax
 import numpy as np
 
+from benchmarks.common import write
 from configs.common import base, shrink
 from mixtral_jax.config import from_config_dict
 from mixtral_jax.models import mixtral
@@ -80,7 +82,7 @@ def theirs(rows: int):
 
 
 def main() -> None:
-    """Prints a table."""
+    """Measures and writes the table."""
     parser = argparse.ArgumentParser("python -m benchmarks.decode")
     parser.add_argument("--rows", default="1,8")
     parser.add_argument("--steps", type=int, default=40)
@@ -91,6 +93,7 @@ def main() -> None:
     model = jax.jit(mixtral.init, static_argnums=0)(config, jax.random.key(0))
     prepared = prepare(model)
     print(f"prepared weights: {prepared.nbytes / 1e6:,.0f} MB beside the model's own")
+    table = []
     for rows in map(int, arguments.rows.split(",")):
         candidates = {}
         for name, make in (
@@ -114,9 +117,9 @@ def main() -> None:
                 times[name].append((time.perf_counter() - begun) * 1e3)
         for name, ms in times.items():
             middle = statistics.median(ms)
-            print(
-                f"{rows:3d} rows  {name:<12}  {middle:7.1f} ms a step (best {min(ms):.1f}), {rows / middle * 1e3:6.1f} tokens/s"
-            )
+            table.append([rows, name, f"{middle:.1f}", f"{min(ms):.1f}", f"{rows / middle * 1e3:.1f}"])
+    columns = ["rows", "what", "median ms a step", "best ms", "tokens/s"]
+    write("decode", "Decoding, 214M parameters, float32", columns, table, {"load": os.getloadavg(), "shape": SHAPE})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 import numpy as np
 
-from mixtral_jax.config import UserError
+from mixtral_jax.config import ModelConfig, UserError
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.generate.sampling import Sampling, choose, row_keys
 from mixtral_jax.generate.text import TextStream
@@ -110,23 +110,12 @@ def stream(
     Raises:
         UserError: nothing to do, or a prompt too long for the model.
     """
-    c = weights.config
-    contexts = [[tokenizer.bos_id, *tokenizer.encode(p)] if isinstance(p, str) else list(p) for p in prompts]
-    if max_tokens < 1:
-        raise UserError(f"max_tokens={max_tokens}; it must be at least 1")
-    if not contexts or not all(contexts):
-        raise UserError("there is no prompt, or one without tokens; give at least one token each")
-    longest = max(map(len, contexts))
-    if longest + max_tokens > c.max_seq_len:
-        raise UserError(
-            f"a prompt of {longest} tokens plus max_tokens={max_tokens} exceed the model's max_seq_len={c.max_seq_len}; "
-            f"shorten the prompt or set max_tokens to at most {max(c.max_seq_len - longest, 0)}"
-        )
+    contexts = _contexts(weights.config, tokenizer, prompts, max_tokens)
     streams = [TextStream(tokenizer, context, stop) for context in contexts]
     tokens: list[list[int]] = [[] for _ in contexts]
     texts, reasons = [""] * len(contexts), ["length"] * len(contexts)
     active = np.ones(len(contexts), bool)
-    vocab_size = min(tokenizer.vocab_size, c.vocab_size)
+    vocab_size = min(tokenizer.vocab_size, weights.config.vocab_size)
     arguments = dict(max_tokens=max_tokens, sampling=sampling or Sampling(), seed=seed, vocab_size=vocab_size)
     for token_B in steps(weights, contexts, active, **arguments):
         for row in np.flatnonzero(active):
@@ -144,6 +133,22 @@ def stream(
         if not active.any():
             break
     return [Continuation(*row) for row in zip(texts, tokens, reasons, strict=True)]
+
+
+def _contexts(config: ModelConfig, tokenizer: Tokenizer, prompts, max_tokens: int) -> list[list[int]]:
+    """The prompts' token ids, or a UserError for what cannot be done."""
+    contexts = [[tokenizer.bos_id, *tokenizer.encode(p)] if isinstance(p, str) else list(p) for p in prompts]
+    if max_tokens < 1:
+        raise UserError(f"max_tokens={max_tokens}; it must be at least 1")
+    if not contexts or not all(contexts):
+        raise UserError("there is no prompt, or one without tokens; give at least one token each")
+    longest = max(map(len, contexts))
+    if longest + max_tokens > config.max_seq_len:
+        raise UserError(
+            f"a prompt of {longest} tokens plus max_tokens={max_tokens} exceed the model's max_seq_len={config.max_seq_len}; "
+            f"shorten the prompt or set max_tokens to at most {max(config.max_seq_len - longest, 0)}"
+        )
+    return contexts
 
 
 def generate(weights: Mixtral | Prepared, tokenizer: Tokenizer, prompts, **arguments) -> list[Continuation]:
