@@ -47,3 +47,14 @@ def test_help_helps(program):
     assert done.returncode == 0
     for word in ("--config" if program == "train.py" else "--checkpoint", "python " + program, "runs/"):
         assert word in done.stdout
+
+
+def test_generate_explains_itself_and_its_mistakes():
+    done = command("-m", "mixtral_jax.generate", "--help")
+    assert done.returncode == 0
+    for word in ("--checkpoint", "--top_p", "examples:", "exit status"):
+        assert word in done.stdout
+    done = command("-m", "mixtral_jax.generate", "--checkpoint=nowhere", "--prompt=x")
+    assert done.returncode == 2
+    assert "config.json does not exist" in done.stderr
+    assert "Traceback" not in done.stderr

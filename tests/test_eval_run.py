@@ -87,7 +87,7 @@ def test_results_are_written_with_all_that_made_them(workdir, tmp_path, capsys):
 
 
 def test_the_newest_checkpoint_is_the_default(workdir):
-    config, model, mesh, step, _ = run.load(workdir, None)
+    config, model, mesh, step = run.load(workdir, None)
     assert step == 4
     assert config.mesh.fsdp == mesh.size == 8
     assert config.train.batch_size == 8

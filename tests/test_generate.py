@@ -18,12 +18,16 @@ class Letters:
     """ASCII codes as ids, so that a continuation shows its ids."""
 
     bos_id = 1
+    vocab_size = 128
 
     def __init__(self, eos_id: int = -1):
         self.eos_id = eos_id
 
     def encode(self, text):
         return [ord(letter) for letter in text]
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
 
     def continuation(self, context, new):
         return "".join(map(chr, new))

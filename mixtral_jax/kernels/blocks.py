@@ -24,7 +24,8 @@ def _matmul(a, b, contract):
     return lax.dot_general(a, b, ((contract[:1], contract[1:]), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _padded(x_MD, block):
+def padded(x_MD, block: int):
+    """Room for a last block that reaches over the end."""
     # dynamic_slice clamps at the end of the array, which would shift the last block: give it room instead.
     return jnp.pad(x_MD, ((0, block), (0, 0)))
 
@@ -33,9 +34,27 @@ def _blocks(size, block):
     return (size + block - 1) // block
 
 
-def _keep_grouped(y_MD, group_sizes_e):
+def keep_grouped(y_MD, group_sizes_e):
+    """Zeroes the rows after the last group."""
     rows_M = jnp.arange(y_MD.shape[0])
     return jnp.where(rows_M[:, None] < group_sizes_e.sum(), y_MD, 0)
+
+
+def expert_blocks(y_MD, padded_MD, weights, start, size, block: int):
+    """Runs one expert over the blocks of its own rows, `size` rows from `start`, and writes the results into y_MD."""
+    w_gate_DF, w_up_DF, w_down_FD = weights
+    dtype = padded_MD.dtype
+
+    def one_block(i, y_MD):
+        at = start + i * block
+        rows_bD = lax.dynamic_slice(padded_MD, (at, 0), (block, padded_MD.shape[1]))
+        gate_bF = _matmul(rows_bD, w_gate_DF, (1, 0))
+        up_bF = _matmul(rows_bD, w_up_DF, (1, 0))
+        hidden_bF = (jax.nn.silu(gate_bF) * up_bF).astype(dtype)
+        out_bD = _matmul(hidden_bF, w_down_FD, (1, 0)).astype(dtype)
+        return lax.dynamic_update_slice(y_MD, out_bD, (at, 0))
+
+    return lax.fori_loop(0, _blocks(size, block), one_block, y_MD)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -51,27 +70,17 @@ def grouped_swiglu(x_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e, block:
     Returns:
         y_MD in x's dtype, zero after the last group.
     """
-    m, d = x_MD.shape
-    padded_MD = _padded(x_MD, block)
+    m = x_MD.shape[0]
+    padded_MD = padded(x_MD, block)
     starts_e = jnp.cumsum(group_sizes_e) - group_sizes_e
 
     def one_expert(y_MD, inputs):
-        w_gate_DF, w_up_DF, w_down_FD, start, size = inputs
-
-        def one_block(i, y_MD):
-            at = start + i * block
-            rows_bD = lax.dynamic_slice(padded_MD, (at, 0), (block, d))
-            gate_bF = _matmul(rows_bD, w_gate_DF, (1, 0))
-            up_bF = _matmul(rows_bD, w_up_DF, (1, 0))
-            hidden_bF = (jax.nn.silu(gate_bF) * up_bF).astype(x_MD.dtype)
-            out_bD = _matmul(hidden_bF, w_down_FD, (1, 0)).astype(x_MD.dtype)
-            return lax.dynamic_update_slice(y_MD, out_bD, (at, 0))
-
-        return lax.fori_loop(0, _blocks(size, block), one_block, y_MD), None
+        *weights, start, size = inputs
+        return expert_blocks(y_MD, padded_MD, weights, start, size, block), None
 
     weights = (w_gate_eDF, w_up_eDF, w_down_eFD, starts_e, group_sizes_e)
     y_MD, _ = lax.scan(one_expert, jnp.zeros_like(padded_MD), weights)
-    return _keep_grouped(y_MD[:m], group_sizes_e)
+    return keep_grouped(y_MD[:m], group_sizes_e)
 
 
 def _forward(x_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e, block):
@@ -83,8 +92,8 @@ def _backward(block, saved, dy_MD):
     x_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e = saved
     m, d = x_MD.shape
     dtype = x_MD.dtype
-    padded_MD = _padded(x_MD, block)
-    padded_dy_MD = _padded(dy_MD, block)
+    padded_MD = padded(x_MD, block)
+    padded_dy_MD = padded(dy_MD, block)
     starts_e = jnp.cumsum(group_sizes_e) - group_sizes_e
 
     def one_expert(dx_MD, inputs):
@@ -119,7 +128,7 @@ def _backward(block, saved, dy_MD):
 
     weights = (w_gate_eDF, w_up_eDF, w_down_eFD, starts_e, group_sizes_e)
     dx_MD, grads = lax.scan(one_expert, jnp.zeros_like(padded_MD), weights)
-    return (_keep_grouped(dx_MD[:m], group_sizes_e), *grads, None)
+    return (keep_grouped(dx_MD[:m], group_sizes_e), *grads, None)
 
 
 grouped_swiglu.defvjp(_forward, _backward)

@@ -1,5 +1,7 @@
 """Grouped-query attention (arXiv 2305.13245) with a causal, document and optional sliding-window mask."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -19,6 +21,24 @@ def visible(segment_ids_BT, positions_BT, window: int):
     if window:
         near_BTS &= distance_BTS < window
     return same_BTS & near_BTS
+
+
+class Slots(NamedTuple):
+    """One layer's keys and values of earlier tokens, and where the next token of each row goes."""
+
+    k_BSGH: jax.Array  # in the compute dtype, rotated
+    v_BSGH: jax.Array
+    at_B: jax.Array  # int32, the position of each row's next token
+
+
+def append(slots: Slots, k_BTGH, v_BTGH) -> tuple[jax.Array, jax.Array]:
+    """Writes one token's key and value (T is 1) at each row's own place; returns k_BSGH, v_BSGH."""
+
+    def write(row_SGH, new_TGH, at):
+        return jax.lax.dynamic_update_slice(row_SGH, new_TGH, (at, 0, 0))
+
+    # vmap makes it a scatter with B as a batch dimension, which stays where B is; .at[rows, at] would gather it.
+    return tuple(jax.vmap(write)(old, new, slots.at_B) for old, new in ((slots.k_BSGH, k_BTGH), (slots.v_BSGH, v_BTGH)))
 
 
 def attend(q_BTNH, k_BSGH, v_BSGH, visible_BTS):

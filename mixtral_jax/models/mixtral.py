@@ -43,19 +43,32 @@ class Block(nnx.Module):
         if c.router_bias:
             self.router_bias_E = nnx.Param(jnp.zeros(e))
 
-    def attention(self, x_BTD, rope, visible_BTS):
-        """Grouped-query self-attention; returns [B, T, D] in x's dtype."""
+    def attention(self, x_BTD, rope, visible_BTS, slots=None):
+        """Grouped-query self-attention.
+
+        Args:
+            x_BTD, rope, visible_BTS: see __call__.
+            slots: None attends within x (S is T); attention.Slots attends to the cache and x's one token.
+
+        Returns:
+            [B, T, D] in x's dtype, and the keys and values that were attended to, [B, S, G, H] each.
+        """
         dtype = x_BTD.dtype
         q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.w_q_DNH[...].astype(dtype))
         k_BTGH = jnp.einsum("BTD,DGH->BTGH", x_BTD, self.w_k_DGH[...].astype(dtype))
         v_BTGH = jnp.einsum("BTD,DGH->BTGH", x_BTD, self.w_v_DGH[...].astype(dtype))
         q_BTNH = constrain(apply_rope(q_BTNH, *rope), "BTNH")
         k_BTGH = constrain(apply_rope(k_BTGH, *rope), "BTGH")
-        out_BTNH = attention.attend(q_BTNH, k_BTGH, v_BTGH, visible_BTS)
-        return constrain(jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.w_o_NHD[...].astype(dtype)), "BTD")
+        keys_values = (k_BTGH, v_BTGH) if slots is None else attention.append(slots, k_BTGH, v_BTGH)
+        out_BTNH = attention.attend(q_BTNH, *keys_values, visible_BTS)
+        out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.w_o_NHD[...].astype(dtype))
+        return constrain(out_BTD, "BTD"), keys_values
 
-    def experts(self, x_BTD, valid_BT):
-        """Mixture of experts; returns [B, T, D] in x's dtype and RouterStats."""
+    def experts(self, x_BTD, valid_BT, separate=None):
+        """Mixture of experts; returns [B, T, D] in x's dtype and RouterStats.
+
+        `separate` replaces the stacked weights of the block: see moe.separate_experts.
+        """
         dtype = x_BTD.dtype
         # HIGHEST: by default a GPU rounds float32 operands to tf32 and a TPU to bf16, and near-ties would flip.
         logits_BTE = jnp.einsum(
@@ -64,20 +77,28 @@ class Block(nnx.Module):
         bias_E = self.router_bias_E[...] if self.config.router_bias else None
         logits_BTE = constrain(logits_BTE, "BTE")
         gates_BTK, index_BTK, stats = moe.route(logits_BTE, bias_E, valid_BT, self.config.experts_per_token)
-        weights = (w[...].astype(dtype) for w in (self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD))
-        out_BTD, computed = moe.experts(x_BTD, gates_BTK, index_BTK, *weights, self.config)
+        if separate is None:
+            weights = (w[...].astype(dtype) for w in (self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD))
+            out_BTD, computed = moe.experts(x_BTD, gates_BTK, index_BTK, *weights, self.config)
+        else:
+            out_BTD, computed = moe.separate_experts(x_BTD, gates_BTK, index_BTK, separate, self.config)
         return constrain(out_BTD, "BTD"), stats._replace(dropped=stats.count_E.sum() - computed)
 
-    def __call__(self, x_BTD, rope, visible_BTS, valid_BT):
-        """Returns the layer's output [B, T, D] and its RouterStats."""
+    def __call__(self, x_BTD, rope, visible_BTS, valid_BT, slots=None, separate=None):
+        """Runs the layer; training leaves out the last two arguments, which are for generation (models/decode.py).
+
+        Returns:
+            the output [B, T, D], its RouterStats, and the keys and values [B, S, G, H] that were attended to.
+        """
         eps = self.config.norm_eps
         with jax.named_scope("attention"):
-            out_BTD = self.attention(rms_norm(x_BTD, self.attention_norm_D[...], eps), rope, visible_BTS)
+            normed_BTD = rms_norm(x_BTD, self.attention_norm_D[...], eps)
+            out_BTD, keys_values = self.attention(normed_BTD, rope, visible_BTS, slots)
             x_BTD = x_BTD + checkpoint_name(out_BTD, "attention_out")
         with jax.named_scope("experts"):
-            out_BTD, stats = self.experts(rms_norm(x_BTD, self.experts_norm_D[...], eps), valid_BT)
+            out_BTD, stats = self.experts(rms_norm(x_BTD, self.experts_norm_D[...], eps), valid_BT, separate)
             x_BTD = x_BTD + checkpoint_name(out_BTD, "experts_out")
-        return x_BTD, stats
+        return x_BTD, stats, keys_values
 
 
 class Mixtral(nnx.Module):
@@ -110,7 +131,7 @@ class Mixtral(nnx.Module):
         visible_BTS = attention.visible(segment_ids_BT, positions_BT, c.sliding_window)
 
         def body(x_BTD, block):
-            return block(x_BTD, rope, visible_BTS, valid_BT)
+            return block(x_BTD, rope, visible_BTS, valid_BT)[:2]
 
         if c.remat != "none":
             body = jax.checkpoint(body, policy=REMAT[c.remat], prevent_cse=not c.scan_layers)

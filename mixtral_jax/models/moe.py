@@ -4,15 +4,17 @@ Tokens reach experts on other devices by a ring-style exchange inside one shard_
 `expert` axis, let each shard run its own experts, reduce-scatter the results. It is dropless and exact on every mesh.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.kernels import BACKENDS
-from mixtral_jax.sharding import act_spec, param_spec
+from mixtral_jax.kernels import BACKENDS, separate
+from mixtral_jax.sharding import act_spec, param_spec, suffix
 
 
 class RouterStats(NamedTuple):
@@ -142,12 +144,23 @@ def local_experts(x_BTD, gates_BTK, index_BTK, w_gate_eDF, w_up_eDF, w_down_eFD,
     Returns:
         out_BTD (the part of these experts), computed: number of assignments that were computed, int32.
     """
+    grouped_swiglu = BACKENDS[config.expert_backend]
+    # An expert has at most one row of each token: a larger block would only multiply padding (when decoding).
+    block = min(config.expert_block, x_BTD.shape[0] * x_BTD.shape[1])
+
+    def multiply(rows_MD, group_sizes_e):
+        return grouped_swiglu(rows_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e, block)
+
+    return _sorted_experts(x_BTD, gates_BTK, index_BTK, w_gate_eDF.shape[0], multiply)
+
+
+def _sorted_experts(x_BTD, gates_BTK, index_BTK, e: int, multiply: Callable):
+    """Permute, multiply(rows_MD, group_sizes_e), unpermute; returns what `local_experts` does."""
     b, t, d = x_BTD.shape
     k = gates_BTK.shape[-1]
-    row_token_M, token_rows_NK, group_sizes_e = sort_by_expert(index_BTK.reshape(b * t, k), w_gate_eDF.shape[0])
+    row_token_M, token_rows_NK, group_sizes_e = sort_by_expert(index_BTK.reshape(b * t, k), e)
     rows_MD = permute(x_BTD.reshape(b * t, d), row_token_M, token_rows_NK)
-    grouped_swiglu = BACKENDS[config.expert_backend]
-    rows_MD = grouped_swiglu(rows_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e, config.expert_block)
+    rows_MD = multiply(rows_MD, group_sizes_e)
     out_ND = unpermute(rows_MD, gates_BTK.reshape(b * t, k), row_token_M, token_rows_NK)
     return out_ND.reshape(b, t, d), group_sizes_e.sum()
 
@@ -184,7 +197,79 @@ def experts(x_BTD, gates_BTK, index_BTK, w_gate_EDF, w_up_EDF, w_down_EFD, confi
     sharded = jax.shard_map(
         shard,
         in_specs=token_specs + tuple(param_spec(name, 3) for name in names),
-        out_specs=(act_spec("BTD"), jax.sharding.PartitionSpec()),
+        out_specs=(act_spec("BTD"), PartitionSpec()),
         check_vma=False,  # the kernels' loops start from plain zeros; gradients are tested against the oracle
     )
     return sharded(x_BTD, gates_BTK, index_BTK, w_gate_EDF, w_up_EDF, w_down_EFD)
+
+
+def local_separate_experts(x_BTD, gates_BTK, index_BTK, weights_e, config: ModelConfig):
+    """`local_experts` over separate weights: for each expert here w_gate_DF, w_up_DF, w_down_FD in x's dtype."""
+    b, t, d = x_BTD.shape
+    k, e = gates_BTK.shape[-1], len(weights_e)
+    if b * t > separate.FEW_ROWS:
+        block = min(config.expert_block, b * t)  # as in local_experts
+
+        def multiply(rows_MD, group_sizes_e):
+            return separate.grouped_swiglu(rows_MD, weights_e, group_sizes_e, block)
+
+        return _sorted_experts(x_BTD, gates_BTK, index_BTK, e, multiply)
+    index_NK = index_BTK.reshape(b * t, k)
+    out_ND = separate.few(x_BTD.reshape(b * t, d), gates_BTK.reshape(b * t, k), index_NK, weights_e)
+    return out_ND.reshape(b, t, d), (index_NK < e).sum(dtype=jnp.int32)
+
+
+def separate_spec(name: str, d_ff: int) -> PartitionSpec:
+    """The layout of w_gate_EDF, w_up_EDF or w_down_EFD as separate arrays [expert shards, D, F] or [.., F, D].
+
+    F takes `fsdp` beside `tensor`: weights then stay where they are, and the few tokens travel instead. Where F does not
+    divide by both, the weights are whole on every device of `fsdp`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    f_axes = ("tensor", "fsdp") if d_ff % (mesh.shape["tensor"] * mesh.shape["fsdp"]) == 0 else ("tensor",)
+    letters = {"E": "expert", "D": None, "F": f_axes}
+    return PartitionSpec(*(letters[letter] for letter in suffix(name)))
+
+
+def separate_experts(x_BTD, gates_BTK, index_BTK, slots, config: ModelConfig):
+    """The experts on any mesh, for weights laid out by models/decode.py:prepare.
+
+    Args:
+        x_BTD, gates_BTK, index_BTK: see `local_experts`, whole arrays.
+        slots: E / n triples of w_gate, w_up [n, D, F] and w_down [n, F, D], n being the size of the mesh axis `expert`:
+            each device holds one expert of each slot, and expert i of shard s is global expert s * E / n + i.
+        config: names the block.
+
+    Returns:
+        out_BTD, computed: float32 number of assignments that were computed, over all devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        weights_e = [[w[0] for w in slot] for slot in slots]
+        out_BTD, computed = local_separate_experts(x_BTD, gates_BTK, index_BTK, weights_e, config)
+        return out_BTD, computed.astype(jnp.float32)
+    specs = [separate_spec(name, config.d_ff) for name in ("w_gate_EDF", "w_up_EDF", "w_down_EFD")]
+    # Where F is split over fsdp, the tokens of all its devices meet all its parts of F.
+    token_axes = ("fsdp", "expert") if "fsdp" in specs[0][2] else ("expert",)
+
+    def shard(x_bTD, gates_bTK, index_bTK, slots):
+        x_BTD, gates_BTK, index_BTK = (
+            lax.all_gather(a, token_axes, axis=0, tiled=True) for a in (x_bTD, gates_bTK, index_bTK)
+        )
+        e = len(slots)
+        index_BTK = index_BTK - lax.axis_index("expert") * e
+        index_BTK = jnp.where((index_BTK >= 0) & (index_BTK < e), index_BTK, e)
+        weights_e = [[w[0] for w in slot] for slot in slots]
+        out_BTD, computed = local_separate_experts(x_BTD, gates_BTK, index_BTK, weights_e, config)
+        out_bTD = lax.psum_scatter(out_BTD, token_axes, scatter_dimension=0, tiled=True)
+        computed = lax.psum(computed, ("data", "expert", "context")).astype(jnp.float32)
+        # Without fsdp among the token axes each of its devices has counted its own tokens only.
+        return lax.psum(out_bTD, "tensor"), computed if "fsdp" in token_axes else lax.psum(computed, "fsdp")
+
+    sharded = jax.shard_map(
+        shard,
+        in_specs=(act_spec("BTD"), act_spec("BTK"), act_spec("BTK"), [specs] * len(slots)),
+        out_specs=(act_spec("BTD"), PartitionSpec()),
+        check_vma=False,  # as in `experts`
+    )
+    return sharded(x_BTD, gates_BTK, index_BTK, slots)

@@ -12,13 +12,8 @@ import transformers
 from tests.golden import reference
 
 
-def compute(shape: dict) -> dict[str, np.ndarray]:
-    """Logits, losses and the gradient of every parameter, float32, eager attention.
-
-    Returns:
-        logits [B, T, V]; loss (mean next-token cross-entropy over real targets); aux (transformers' balance loss);
-        loss_grad.NAME and aux_grad.NAME for every parameter, by our names.
-    """
+def build(shape: dict) -> transformers.MixtralForCausalLM:
+    """transformers' model of a shape of reference.py with its weights, float32, eager attention."""
     config = transformers.MixtralConfig(
         vocab_size=shape["vocab_size"],
         hidden_size=shape["d_model"],
@@ -36,9 +31,20 @@ def compute(shape: dict) -> dict[str, np.ndarray]:
         experts_implementation="eager",
     )
     model = transformers.MixtralForCausalLM(config)
-    ours = reference.weights(shape)
-    state = {name: torch.tensor(np.ascontiguousarray(a)) for name, a in reference.to_hugging_face(ours).items()}
+    state = reference.to_hugging_face(reference.weights(shape))
+    state = {name: torch.tensor(np.ascontiguousarray(a)) for name, a in state.items()}
     model.load_state_dict(state, strict=True)
+    return model
+
+
+def compute(shape: dict) -> dict[str, np.ndarray]:
+    """Logits, losses and the gradient of every parameter.
+
+    Returns:
+        logits [B, T, V]; loss (mean next-token cross-entropy over real targets); aux (transformers' balance loss);
+        loss_grad.NAME and aux_grad.NAME for every parameter, by our names.
+    """
+    model, ours = build(shape), reference.weights(shape)
     batch = reference.batch(shape)
     tokens, mask = torch.tensor(batch["tokens"]).long(), torch.tensor(batch["mask"])
     labels = tokens.masked_fill(mask == 0, -100)

@@ -1,0 +1,239 @@
+"""Generation: the cached path against full forwards, meshes against one device, batches against single rows, and transformers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mixtral_jax.checkpoint import Checkpoints, store_run
+from mixtral_jax.data.tokenizer import ByteTokenizer
+from mixtral_jax.generate import Sampling, generate, sample
+from mixtral_jax.generate.__main__ import main
+from mixtral_jax.generate.engine import steps
+from mixtral_jax.models import mixtral
+from mixtral_jax.models.decode import decode, prefill, prepare
+from tests.golden import reference
+from tests.helpers import on_mesh, shard, tiny
+from tests.test_parity import ours
+
+LENGTHS = (5, 1, 11, 3, 8)  # a ragged batch
+FORMS = {"stacked": lambda model: model, "prepared": prepare}
+
+
+@jax.jit
+def forward(model, tokens_BT):
+    """The full forward pass of training, the oracle."""
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None, :], tokens_BT.shape)
+    return model(tokens_BT, positions_BT, jnp.ones_like(tokens_BT))[0]
+
+
+def full_logits(model, rows: list[list[int]], width: int) -> np.ndarray:
+    """Logits [rows, width, V]; those after a row's end mean nothing."""
+    padded = np.zeros((len(rows), width), np.int32)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return np.asarray(forward(model, padded))
+
+
+@functools.cache
+def parity_model(name: str):
+    config, model, _ = ours(name)
+    return config, jax.tree.map(jnp.asarray, model)
+
+
+@functools.cache
+def byte_model():
+    """Random weights with the byte tokenizer's vocabulary (and more ids than it has), for text."""
+    config = tiny(model__vocab_size=264, model__max_seq_len=128, model__init_std=0.3)
+    return config, mixtral.init(config.model, jax.random.key(1))
+
+
+def random_rows(vocab_size: int, lengths=LENGTHS, seed=0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, vocab_size, n).tolist() for n in lengths]
+
+
+def greedy(weights, rows, n: int, vocab_size: int) -> list[list[int]]:
+    """Greedy tokens of all rows through the loop that `generate` uses."""
+    active = np.ones(len(rows), bool)
+    made = steps(weights, rows, active, max_tokens=n, sampling=Sampling(), seed=0, vocab_size=vocab_size)
+    return np.stack(list(made), axis=1).tolist()
+
+
+# 2 rows go through the prepared experts one by one, 5 are grouped (kernels/separate.py:FEW_ROWS).
+@pytest.mark.parametrize(("form", "rows"), [("stacked", 5), ("prepared", 5), ("prepared", 2)])
+@pytest.mark.parametrize("name", ["mixtral", "window_top3"])
+def test_cached_logits_equal_the_full_forward_at_every_step(name, form, rows):
+    config, model = parity_model(name)
+    n, width = 12, 24
+    start = np.asarray(LENGTHS[:rows], np.int32)
+    texts = random_rows(config.model.vocab_size, (width,) * rows)
+    want = full_logits(model, texts, width)
+    tokens = np.full((rows, 11), 7, np.int32)  # whatever pads a prompt changes nothing
+    for row, text in enumerate(texts):
+        tokens[row, : start[row]] = text[: start[row]]
+    weights = FORMS[form](model)
+    logits, cache = prefill(weights, tokens, start, width)
+    for i in range(n + 1):
+        at = start + i
+        np.testing.assert_allclose(logits, want[np.arange(rows), at - 1], rtol=0, atol=1e-5, err_msg=f"step {i}")
+        if i < n:
+            token = np.asarray([text[p] for text, p in zip(texts, at, strict=True)], np.int32)
+            logits, cache = decode(weights, cache, token, np.ones(rows, bool))
+    assert name != "window_top3" or config.model.sliding_window < width, "the window must have something to hide"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_greedy_equals_an_argmax_loop_over_full_forwards(form):
+    config, model = parity_model("wide_heads")
+    v = config.model.vocab_size
+    rows = random_rows(v)
+    longer = [list(row) for row in rows]
+    for _ in range(20):
+        logits = full_logits(model, longer, 32)
+        for i, row in enumerate(longer):
+            row.append(int(logits[i, len(row) - 1].argmax()))
+    got = greedy(FORMS[form](model), rows, 20, v)
+    assert got == [row[-20:] for row in longer]
+    assert len({token for row in got for token in row}) > 10, "one token again and again proves little"
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("axes", [dict(expert=4, tensor=2), dict(fsdp=4, expert=2)], ids=str)
+def test_the_text_does_not_depend_on_the_mesh(axes, form):
+    config, model = byte_model()
+    prompts = ["the same text", "on", "any mesh, with five prompts", "for a batch", "that does not divide"]
+    settings = dict(max_tokens=24, seed=3, sampling=Sampling(temperature=0.7, top_p=0.95))
+    want = generate(model, ByteTokenizer(), prompts, **settings)
+    config, mesh = on_mesh(config, **axes)
+    with jax.set_mesh(mesh):
+        got = generate(FORMS[form](shard(model, mesh)), ByteTokenizer(), prompts, **settings)
+    assert got == want
+
+
+def test_prepared_experts_lie_on_the_devices_that_use_them():
+    config, model = byte_model()
+    config, mesh = on_mesh(config, expert=4, tensor=2)
+    with jax.set_mesh(mesh):
+        weights = prepare(shard(model, mesh))
+    c = config.model
+    assert len(weights.slots) == c.num_layers
+    assert len(weights.slots[0]) == c.num_experts // 4
+    for w in weights.slots[0][0]:
+        assert w.addressable_shards[0].data.size == c.d_model * c.d_ff // 2
+    # Global expert s * E/n + i is slot i of shard s.
+    slots = [np.asarray(slot[2]) for slot in weights.slots[1]]
+    for e in range(c.num_experts):
+        shard_, i = divmod(e, c.num_experts // 4)
+        np.testing.assert_array_equal(slots[i][shard_], model.layers.w_down_EFD[...][1, e])
+
+
+def test_an_inactive_row_goes_to_no_expert_and_stays_where_it_is():
+    config, model = parity_model("mixtral")
+    rows = random_rows(config.model.vocab_size, (4, 4))
+    _, cache = prefill(model, np.asarray(rows, np.int32), np.full(2, 4, np.int32), 8)
+    _, cache = decode(model, cache, np.zeros(2, np.int32), np.asarray([True, False]))
+    assert cache.length_B.tolist() == [5, 4]
+
+
+def test_bfloat16_follows_its_own_full_forward():
+    config = tiny(model__dtype="bfloat16", model__init_std=0.3)
+    model = mixtral.init(config.model, jax.random.key(0))
+    (row,) = random_rows(config.model.vocab_size, (12,))
+    (want,) = full_logits(model, [row], 12)
+    weights = prepare(model)
+    logits, cache = prefill(weights, np.asarray([row[:6]], np.int32), np.asarray([6], np.int32), 12)
+    assert cache.keys_values[0][0].dtype == jnp.bfloat16
+    for i in range(6, 12):
+        # Two roundings of bfloat16 (2^-8 each), on the scale of the logits.
+        np.testing.assert_allclose(logits[0], want[i - 1], atol=2**-6 * np.abs(want).max())
+        logits, cache = decode(weights, cache, np.asarray([row[i]], np.int32), np.ones(1, bool))
+
+
+def test_a_row_alone_equals_the_row_in_a_batch():
+    _, model = byte_model()
+    prompts = ["alone", "or together with others of other lengths", "alone"]
+    settings = dict(max_tokens=20, seed=5, sampling=Sampling(temperature=1.0, top_k=50))
+    together = generate(model, ByteTokenizer(), prompts, **settings)
+    (alone,) = generate(model, ByteTokenizer(), prompts[:1], **settings)
+    assert together[0] == alone
+    assert together[2] != alone, "the same prompt twice is two samples"
+    settings["seed"] = 6
+    assert generate(model, ByteTokenizer(), prompts[:1], **settings) != [alone]
+
+
+def test_samples_of_training_keep_the_end_of_a_long_prompt():
+    _, model = byte_model()
+    prompt = "x" * 500 + "the end"
+    text = sample(model, ByteTokenizer(), prompt, max_tokens=8, temperature=0.0, seed=0)
+    again = sample(model, ByteTokenizer(), prompt[100:], max_tokens=8, temperature=0.0, seed=0)
+    assert text == again
+
+
+def test_the_command_continues_prompts_of_a_stored_run(tmp_path, capsys):
+    config, model = byte_model()
+    store_run(tmp_path, config.to_dict())
+    ByteTokenizer().save(tmp_path / "tokenizer")
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, model, {"count": jnp.zeros(())}, {})
+    checkpoints.close()
+    command = [f"--checkpoint={tmp_path}", "--prompt=def ", "--prompt=x", "--max_tokens=6", "--mesh=expert=2,fsdp=-1"]
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    want = generate(model, ByteTokenizer(), ["def ", "x"], max_tokens=6)
+    assert out == f"def {want[0].text}\n{'-' * 40}\nx{want[1].text}\n"
+    assert "step 3" in err
+    assert "tokens/s" in err
+    for wrong, words in (
+        ("--top_p=0", "top_p=0"),
+        ("--mesh=experts=2", "axes are"),
+        ("--step=4", "there: 3"),
+        ("--max_tokens=999", "max_seq_len=128"),
+        ("--num_samples=2", "temperature"),
+    ):
+        assert main([*command, wrong]) == 2
+        assert words in capsys.readouterr().err
+
+
+def transformers_generate(name: str, rows: list[list[int]], n: int):
+    """Greedy tokens and each step's logits of transformers, for a batch padded on the left (its convention)."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from tests.golden.make_goldens import build
+
+    model = build(reference.SHAPES[name]).eval()
+    width = max(map(len, rows))
+    tokens = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    out = model.generate(
+        input_ids=tokens,
+        attention_mask=mask,
+        max_new_tokens=n,
+        min_new_tokens=n,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return out.sequences[:, width:].tolist(), torch.stack(out.logits, dim=1).numpy()
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("lengths", [(9,), LENGTHS], ids=["batch 1", "ragged batch of 5"])
+@pytest.mark.parametrize("name", reference.SHAPES)
+@pytest.mark.filterwarnings("default")
+def test_greedy_equals_transformers_generate(name, lengths):
+    config, model = parity_model(name)
+    rows = random_rows(config.model.vocab_size, lengths, seed=4)
+    want, logits = transformers_generate(name, rows, 64)
+    got = greedy(prepare(model), rows, 64, config.model.vocab_size)
+    for row, (mine, theirs) in enumerate(zip(got, want, strict=True)):
+        differ = [i for i in range(64) if mine[i] != theirs[i]]
+        if differ:
+            i = differ[0]
+            margin = abs(float(logits[row, i, theirs[i]] - logits[row, i, mine[i]]))
+            print(f"row {row} parts at token {i}: {mine[i]} against {theirs[i]}, logits {margin:.1e} apart")
+            assert margin <= 1e-5
