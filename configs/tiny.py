@@ -2,7 +2,8 @@
 
     python train.py --config=configs/tiny.py --workdir=runs/tiny
 
-Hardware: any 2 CPU cores. Time: about 3 minutes. Result: not yet measured.
+Hardware: any 2 CPU cores. Time: 3 to 5 minutes. Result (2026-11-22, Python 3.11.7): 1.989 held-out bits per byte; the
+bigram model has 2.276, the unigram model 3.432.
 """
 
 from ml_collections import ConfigDict

@@ -1,14 +1,13 @@
 """The command line's manners: flags from absl, mistakes explained, exit status 0 done, 2 a mistake of the user's, 1 a fault."""
 
-import logging
 import sys
 from collections.abc import Callable
 
 from absl import flags
-from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from mixtral_jax.config import Config, RunError, UserError, from_config_dict
+from mixtral_jax.progress import messages
 
 
 def define_config_flag():
@@ -45,13 +44,13 @@ def run(main: Callable[[], None], usage: str) -> None:
         main: the program; flags are parsed when it runs.
         usage: printed by --help before the flags.
     """
-    _show_messages()
     if any(arg in ("--help", "-help", "-h") for arg in sys.argv[1:]):
         print(usage.strip() + "\n\nFlags:\n" + flags.FLAGS.module_help(sys.modules["__main__"]))
         sys.exit(0)
     try:
-        _parse()
-        main()
+        with messages():
+            _parse()
+            main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -61,17 +60,6 @@ def run(main: Callable[[], None], usage: str) -> None:
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue from the last checkpoint", file=sys.stderr)
         sys.exit(130)
-
-
-def _show_messages() -> None:
-    """Our own messages (a tokenizer being trained, a cache being built) are for the user; the libraries' only from errors."""
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    ours = logging.getLogger("mixtral_jax")
-    ours.addHandler(handler)
-    ours.setLevel(logging.INFO)
-    ours.propagate = False
 
 
 def _parse() -> None:

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import logging
 import math
 import os
 import sys
@@ -9,9 +10,32 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
+from absl import logging as absl_logging
 from tqdm import tqdm
 
 from mixtral_jax.metrics import human, short_float
+
+
+@contextlib.contextmanager
+def messages() -> Iterator[None]:
+    """Shows the package's own messages (a tokenizer being trained, a cache being built) on stderr while a command runs.
+
+    Of the libraries only errors are shown; orbax would report every file through absl.
+    """
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    ours = logging.getLogger("mixtral_jax")
+    before = (ours.level, ours.propagate)
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
+        ours.setLevel(before[0])
+        ours.propagate = before[1]
 
 
 def printable(text: str) -> str:

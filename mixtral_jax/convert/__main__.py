@@ -1,7 +1,6 @@
 """The command line of the conversion; see `python -m mixtral_jax.convert --help`."""
 
 import argparse
-import logging
 import os
 import re
 import sys
@@ -10,12 +9,12 @@ from pathlib import Path
 # Conversion is the host's work: no accelerator is taken from a run beside it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from absl import logging as absl_logging
 
 from mixtral_jax.config import UserError
 from mixtral_jax.convert.exporter import export_checkpoint
 from mixtral_jax.convert.importer import import_checkpoint, upcycle
 from mixtral_jax.convert.verify import compare, table
+from mixtral_jax.progress import messages
 
 EPILOG = """examples:
   python -m mixtral_jax.convert import --from=Mixtral-8x7B-v0.1 --to=runs/8x7b
@@ -34,26 +33,15 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns the exit status."""
     arguments = _parser().parse_args(argv)
-    _show_messages()
-    absl_logging.set_verbosity(absl_logging.ERROR)
     try:
-        return arguments.run(arguments)
+        with messages():
+            return arguments.run(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was left behind", file=sys.stderr)
         return 130
-
-
-def _show_messages() -> None:
-    """Our own warnings are for the user; orbax, by way of absl, has the root logger already."""
-    ours = logging.getLogger("mixtral_jax")
-    if not ours.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        ours.addHandler(handler)
-        ours.propagate = False
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,12 +1,12 @@
 """The command line of generation; see `python -m mixtral_jax.generate --help`."""
 
 import argparse
-import logging
 import sys
 import time
 from pathlib import Path
 
 from mixtral_jax.config import AXES, UserError
+from mixtral_jax.progress import messages
 
 EPILOG = """examples:
   python -m mixtral_jax.generate --checkpoint=runs/demo --prompt='def main(' --max_tokens=64
@@ -21,9 +21,9 @@ exit status: 0 done, 2 a mistake in the arguments or the checkpoint, explained o
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns the exit status."""
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
     try:
-        _run(arguments)
+        with messages():
+            _run(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
