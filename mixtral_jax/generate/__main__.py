@@ -89,6 +89,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def say(text: str) -> None:
+    """Prints to stderr: stdout is for the text alone."""
     print(text, file=sys.stderr, flush=True)
 
 

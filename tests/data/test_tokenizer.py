@@ -144,7 +144,8 @@ def test_stdlib_tokenizer(stdlib_tokenizer, shared_cache_dir, make_data, monkeyp
     assert len(indent) == 2  # indentation is one piece
 
 
-def test_stdlib_tokenizer_sees_training_documents_only(tmp_path, monkeypatch):
+@pytest.mark.parametrize("fraction", [0.02, 0.05, 0.2])
+def test_stdlib_tokenizer_sees_training_documents_only(fraction, tmp_path, monkeypatch):
     seen = []
 
     def fake(texts, size):
@@ -152,9 +153,9 @@ def test_stdlib_tokenizer_sees_training_documents_only(tmp_path, monkeypatch):
         return train_sentencepiece(["some text, any text"], size)
 
     monkeypatch.setattr(tokenizer_module, "train_sentencepiece", fake)
-    load_tokenizer("stdlib:275", str(tmp_path))
+    load_tokenizer("stdlib:275", str(tmp_path), fraction)
     assert len(seen) > 500
-    assert not any(is_heldout(text, 0.02) for text in seen)
+    assert not any(is_heldout(text, fraction) for text in seen)
 
 
 def test_training_is_deterministic_and_lossless_on_hard_texts():
