@@ -334,6 +334,17 @@ def test_fit_refuses_to_continue_another_run(corpus, capfd):
     assert "this run is finished" in capfd.readouterr().err
 
 
+def test_the_tokenizer_is_told_what_is_held_out(corpus, monkeypatch):
+    """A tokenizer that is trained for the run must not see the run's own held-out documents."""
+
+    def record(spec, cache_dir, heldout_fraction=None):
+        raise UserError(f"held out: {heldout_fraction}")
+
+    monkeypatch.setattr(trainer, "load_tokenizer", record)
+    with pytest.raises(UserError, match=r"held out: 0\.3"):
+        fit(corpus / "run")
+
+
 def test_fit_refuses_a_workdir_that_is_a_file(corpus):
     (corpus / "file").write_text("")
     with pytest.raises(UserError, match="cannot be made a folder"):
