@@ -60,9 +60,12 @@ def base() -> ConfigDict:
     c.mesh = ConfigDict(dict(data=1, fsdp=-1, expert=1, context=1, tensor=1))  # -1: what is left of the devices
     c.data = ConfigDict(
         dict(
-            source="stdlib",  # stdlib | text | jsonl | parquet
-            path="",  # files for text, jsonl and parquet: paths or globs, separated by commas
-            text_key="text",  # the field that holds the text, for jsonl and parquet
+            source="stdlib",  # stdlib | text | jsonl | parquet | arrow | hub
+            path="",  # paths, folders or globs, separated by commas; of hub NAME, NAME:SUBSET or NAME:SUBSET:SPLIT
+            text_key="text",  # the field that holds the text
+            mixture=(),  # instead of the three above: dict(source=, weight=, path=, text_key=, name=), one per source
+            streaming=False,  # tokenise while training, without a cache
+            max_bad_rows=0,  # rows that may be skipped because they cannot be read
             tokenizer="mistral-v1",  # mistral-v1 | bytes | stdlib:SIZE (trained once, cached) | a SentencePiece .model
             cache_dir="~/.cache/mixtral_jax",
             heldout_fraction=0.02,  # share of documents, by hash of their text, kept for evaluation
@@ -84,7 +87,13 @@ def base() -> ConfigDict:
             sample_prompt="def ",
             sample_tokens=64,
             checkpoint_every=500,
-            checkpoints_to_keep=3,
+            checkpoints_to_keep=3,  # the latest
+            checkpoint_keep_every=0,  # and every checkpoint of a multiple of so many steps; 0: none
+            keep_best=True,  # and the one of the lowest held-out loss
+            init_from="",  # weights to start from: a workdir, a folder of one step, or hf:DIR; "" is random
+            skip_nonfinite=0,  # steps of a run that may be skipped because the loss or the gradient is not finite
+            continue_on_save_error=False,  # go on training when a checkpoint cannot be written
+            wandb="",  # a Weights & Biases project; "" is off
         )
     )
     return c

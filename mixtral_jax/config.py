@@ -95,17 +95,39 @@ class MeshConfig:
         return self.data * self.fsdp * self.expert
 
 
+SourceKind = Literal["stdlib", "text", "jsonl", "parquet", "arrow", "hub"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One source of text. In data.mixture only `source` and `weight` must be given."""
+
+    source: SourceKind
+    path: str
+    text_key: str
+    name: str  # how reports call it
+    weight: float  # its share of the rows, relative to the other sources'
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where text comes from and how it becomes tokens."""
 
-    source: Literal["stdlib", "text", "jsonl", "parquet"]
+    source: SourceKind
     path: str
     text_key: str
+    mixture: tuple[SourceConfig, ...]
+    streaming: bool
+    max_bad_rows: int
     tokenizer: str
     cache_dir: str
     heldout_fraction: float
     workers: int
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """The sources of text: those of data.mixture, or the one of data.source."""
+        return self.mixture or (SourceConfig(self.source, self.path, self.text_key, self.source, 1.0),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +148,12 @@ class TrainConfig:
     sample_tokens: int
     checkpoint_every: int
     checkpoints_to_keep: int
+    checkpoint_keep_every: int
+    keep_best: bool
+    init_from: str
+    skip_nonfinite: int
+    continue_on_save_error: bool
+    wandb: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +200,9 @@ def _convert(cls, values: Any, prefix: str):
 
 
 def _value(kind, value: Any, name: str):
+    if kind is SourceConfig and isinstance(value, dict):
+        # Written by hand as an item of a tuple, where no ConfigDict holds defaults.
+        value = {"path": "", "text_key": "text", "name": value.get("path") or value.get("source"), **value}
     if dataclasses.is_dataclass(kind):
         return _convert(kind, value, name + ".")
     if typing.get_origin(kind) is Literal:
@@ -179,6 +210,11 @@ def _value(kind, value: Any, name: str):
         if value not in options:
             raise UserError(f"{name}={value!r}; choose one of {', '.join(options)}")
         return value
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, tuple | list):
+            raise UserError(f"{name}={value!r} is of type {type(value).__name__}; it must be a tuple")
+        item = typing.get_args(kind)[0]
+        return tuple(_value(item, one, f"{name}[{i}]") for i, one in enumerate(value))
     if kind is float and type(value) is int:
         return float(value)
     if kind is float and isinstance(value, float) and not math.isfinite(value):
@@ -227,14 +263,29 @@ def validate(config: Config) -> None:
         0 < data.heldout_fraction < 1,
         f"data.heldout_fraction={data.heldout_fraction}; it must lie between 0 and 1, so that there is text to train on and to evaluate on",
     )
-    _require(
-        data.source == "stdlib" or data.path != "",
-        f"data.source={data.source} needs files; set data.path to paths or globs separated by commas",
-    )
+    _validate_sources(data)
     _require(
         data.tokenizer != "",
         "data.tokenizer is empty; use mistral-v1, bytes, stdlib:SIZE or the path of a SentencePiece model",
     )
+
+
+def _validate_sources(data: DataConfig) -> None:
+    _require(
+        not (data.mixture and data.path),
+        f"data.path={data.path!r} beside data.mixture; put the path into one of the mixture's items, or empty data.mixture",
+    )
+    for i, source in enumerate(data.sources):
+        where = f"data.mixture[{i}]." if data.mixture else "data."
+        needs = "a data set's name" if source.source == "hub" else "paths or globs separated by commas"
+        _require(
+            source.source == "stdlib" or source.path != "",
+            f"{where}source={source.source} needs {where}path; set it to {needs}",
+        )
+        _require(source.weight > 0, f"{where}weight={source.weight}; it must be positive, or leave the source out")
+    names = [source.name for source in data.sources]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    _require(not twice, f"data.mixture has more than one source named {', '.join(twice)}; give each a name of its own")
 
 
 def _validate_ranges(config: Config) -> None:
@@ -257,7 +308,8 @@ def _validate_ranges(config: Config) -> None:
         ("model", "sliding_window init_std norm_eps"),
         ("loss", "balance_weight router_z_weight z_weight bias_update_rate"),
         ("optim", "learning_rate warmup_steps decay_steps final_lr_ratio weight_decay eps clip_norm"),
-        ("train", "seed eval_every sample_every checkpoint_every"),
+        ("data", "max_bad_rows"),
+        ("train", "seed eval_every sample_every checkpoint_every checkpoint_keep_every skip_nonfinite"),
     ):
         for key in keys.split():
             value = getattr(getattr(config, group), key)

@@ -1,6 +1,6 @@
 """Text to batches: sources, tokenizers, the token cache, the packing plan and the loader. NumPy only, no JAX."""
 
-from mixtral_jax.data.cache import Corpus, TokenFile, build_cache
+from mixtral_jax.data.cache import Corpus, Source, TokenFile, build_cache
 from mixtral_jax.data.loader import Batches, prefetch
 from mixtral_jax.data.packing import Plan, pack
 from mixtral_jax.data.text import Document, documents, is_heldout
@@ -11,6 +11,7 @@ __all__ = [
     "Corpus",
     "Document",
     "Plan",
+    "Source",
     "TokenFile",
     "Tokenizer",
     "build_cache",

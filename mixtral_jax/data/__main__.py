@@ -22,6 +22,7 @@ DEFAULTS = {
     "source": ("stdlib", "the kind of text; stdlib is the running Python's own source and needs no path"),
     "path": ("", "files: paths, directories or globs, separated by commas"),
     "text_key": ("text", "the field that holds the text, for jsonl and parquet"),
+    "max_bad_rows": (0, "rows that may be skipped because they cannot be read"),
     "tokenizer": ("mistral-v1", "mistral-v1 | bytes | stdlib:SIZE (trained once, cached) | a SentencePiece .model"),
     "cache_dir": ("~/.cache/mixtral_jax", "where tokens and trained tokenizers are kept"),
     "heldout_fraction": (0.02, "share of documents, by hash of their text, kept for evaluation"),
@@ -86,7 +87,8 @@ def _positive(text: str) -> int:
 
 
 def _data_config(arguments: argparse.Namespace) -> DataConfig:
-    data = DataConfig(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(DataConfig)})
+    given = {field.name: getattr(arguments, field.name, None) for field in dataclasses.fields(DataConfig)}
+    data = DataConfig(**given | {"mixture": (), "streaming": False})
     if not 0 < data.heldout_fraction < 1:
         raise UserError(f"--heldout_fraction={data.heldout_fraction}; it must lie between 0 and 1")
     if data.source != "stdlib" and not data.path:

@@ -47,12 +47,33 @@ class TokenFile:
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Both splits, and the key of their cache: equal keys mean equal documents, tokens and split."""
+class Source:
+    """One source of a corpus, both splits; of a streamed source there is no training split."""
 
-    train: TokenFile
+    name: str
+    weight: float
+    train: TokenFile | None
     heldout: TokenFile
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The sources, and the key of their caches: equal keys mean equal documents, tokens and splits (weights apart)."""
+
+    sources: tuple[Source, ...]
     key: str = ""
+
+    @property
+    def train(self) -> TokenFile:
+        """The training documents of all sources."""
+        (source,) = self.sources
+        return source.train
+
+    @property
+    def heldout(self) -> TokenFile:
+        """The held-out documents of all sources."""
+        (source,) = self.sources
+        return source.heldout
 
 
 def build_cache(data: DataConfig, tokenizer, progress: bool = True) -> Corpus:
@@ -78,7 +99,7 @@ def build_cache(data: DataConfig, tokenizer, progress: bool = True) -> Corpus:
         if progress:
             logger.info("tokenised %s in %.1f s", counts, time.perf_counter() - start)
 
-    return build_once(path, lambda folder: Corpus(*(_open_split(folder / name) for name in SPLITS), key), build)
+    return build_once(path, lambda folder: _open_corpus(folder, data, key), build)
 
 
 def build_once(path: Path, open_: Callable, build: Callable[[Path], None]):
@@ -166,6 +187,12 @@ class _SplitWriter:
 
     def __str__(self) -> str:
         return f"{len(self._ids):,} documents, {sum(self._lengths):,} tokens"
+
+
+def _open_corpus(folder: Path, data: DataConfig, key: str) -> Corpus:
+    (source,) = data.sources
+    splits = (_open_split(folder / name) for name in SPLITS)
+    return Corpus((Source(source.name, source.weight, *splits),), key)
 
 
 def _open_split(folder: Path) -> TokenFile:

@@ -18,7 +18,7 @@ from typing import Protocol
 
 import sentencepiece
 
-from mixtral_jax.config import DataConfig, UserError
+from mixtral_jax.config import SourceConfig, UserError
 from mixtral_jax.data.cache import build_once
 from mixtral_jax.data.text import documents, fingerprint, is_heldout
 
@@ -220,12 +220,12 @@ def _stdlib_tokenizer(spec: str, cache_dir: str, heldout_fraction: float) -> Sen
     if not size_text.isdecimal():
         raise UserError(f"data.tokenizer={spec!r}; write the vocabulary's size after the colon, as in stdlib:4096")
     size = int(size_text)
-    data = DataConfig("stdlib", "", "text", spec, cache_dir, heldout_fraction=heldout_fraction, workers=1)
+    source = SourceConfig("stdlib", "", "text", "stdlib", 1.0)
 
     def build(folder: Path):
         logger.info("training the tokenizer %s on the standard library's source (once)", spec)
         start = time.perf_counter()
-        texts = (document.text for document in documents(data))
+        texts = (document.text for document in documents(source))
         model = train_sentencepiece((text for text in texts if not is_heldout(text, heldout_fraction)), size)
         _write(folder / MODEL_FILE, model)
         logger.info("trained %s in %.1f s", spec, time.perf_counter() - start)
@@ -236,7 +236,9 @@ def _stdlib_tokenizer(spec: str, cache_dir: str, heldout_fraction: float) -> Sen
             raise UserError(f"{folder / MODEL_FILE} has {tokenizer.vocab_size} pieces instead of {size}")
         return tokenizer
 
-    path = Path(cache_dir).expanduser() / "tokenizers" / f"stdlib-{size}-{heldout_fraction:g}-{fingerprint(data)[:16]}"
+    path = (
+        Path(cache_dir).expanduser() / "tokenizers" / f"stdlib-{size}-{heldout_fraction:g}-{fingerprint(source)[:16]}"
+    )
     return build_once(path, open_, build)
 
 
