@@ -1,22 +1,31 @@
-"""Checkpoints with Orbax: parameters, optimizer state and metadata as separate items of one step.
+"""Checkpoints with Orbax: parameters, optimizer state, data state and metadata as separate items of one step.
 
 Arrays are stored under their names (`layers.w_gate_EDF`), so that a checkpoint does not depend on the layout of nnx or
-optax trees, and the parameters can be restored alone, on any mesh.
+optax trees, and the parameters can be restored alone, on any mesh. The metadata holds a fingerprint of every array and
+of itself: what comes back is what was saved, or the checkpoint is called damaged.
 """
 
+import contextlib
+import hashlib
 import json
+import math
+import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from mixtral_jax.config import UserError
+from mixtral_jax.config import RunError, UserError
+from mixtral_jax.fingerprint import fingerprints
 from mixtral_jax.sharding import named_leaves
 
 # The largest piece in which an array is stored. Orbax's default is a device's whole shard, so that whoever wants one
 # layer (an export, another mesh) would have to read and unpack all of it.
 CHUNK_BYTES = 64 * 2**20
+# Parts of names of folders that are no checkpoint: of Orbax, still being written; of ours, being removed.
+UNFINISHED, REMOVED = "orbax-checkpoint-tmp", ".removed"
 EXPERT_WEIGHTS = ("w_gate_EDF", "w_up_EDF", "w_down_EFD")
 
 
@@ -45,77 +54,253 @@ def _abstract(like) -> dict[str, jax.ShapeDtypeStruct]:
     return {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in named_leaves(like).items()}
 
 
-class Checkpoints:
-    """The checkpoints of a run, in `workdir/checkpoints/STEP`, written in the background."""
+class DamagedError(RunError):
+    """A checkpoint cannot be read, or what was read is not what was saved."""
 
-    def __init__(self, workdir: str | Path, keep: int = 1):
-        """Opens (or creates) the folder; `keep` is the number of latest checkpoints that stay."""
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+
+class SaveError(RunError):
+    """A checkpoint could not be written; the earlier ones are as they were."""
+
+
+class Checkpoints:
+    """The checkpoints of a run, in `workdir/checkpoints/STEP`, written in the background.
+
+    A folder named STEP is whole: Orbax writes it aside and renames it, and what is removed is renamed before it is.
+    """
+
+    def __init__(self, workdir: str | Path, keep: int = 1, *, keep_every: int = 0, keep_best: bool = False):
+        """Opens (or creates) the folder.
+
+        Args:
+            workdir: the folder of the run.
+            keep: how many of the latest checkpoints stay.
+            keep_every: those of a multiple of so many steps stay too; 0 for none.
+            keep_best: the one with the lowest "heldout_loss" in its metadata stays too.
+        """
         self.folder = Path(workdir).resolve() / "checkpoints"
+        self._keep, self._keep_every, self._keep_best = keep, keep_every, keep_best
+        self._pending: int | None = None  # the step whose save is in flight
+        self._removing: list[threading.Thread] = []
+        self._open()
+
+    def _open(self) -> None:
         # Named here, so that a fresh process can read an item's metadata before it restores anything.
         handlers = {
             "params": ocp.StandardCheckpointHandler(),
             "opt_state": ocp.StandardCheckpointHandler(),
+            "data": ocp.JsonCheckpointHandler(),
             "meta": ocp.JsonCheckpointHandler(),
         }
+        # What is kept is decided below, after a save is known to be whole.
+        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self.folder, item_handlers=handlers, options=options)
 
     def latest(self) -> int | None:
         """The newest step, or None."""
-        return self._manager.latest_step()
+        return max(self.steps(), default=None)
 
     def steps(self) -> list[int]:
         """All finished checkpoints, oldest first."""
-        return sorted(self._manager.all_steps())
+        return steps_in(self.folder)
 
-    def save(self, step: int, params, opt_state, meta: dict[str, Any]) -> None:
-        """Starts a save and returns; arrays are copied before the call ends, so they may be donated afterwards."""
-        items = ocp.args.Composite(
+    def clean(self) -> list[str]:
+        """Removes what a killed process left half-written or half-removed; returns the folders' names.
+
+        Only the process that holds the workdir may call it.
+        """
+        found = [path for path in self.folder.iterdir() if path.is_dir() and not path.name.isdigit()]
+        found = [path for path in found if UNFINISHED in path.name or path.name.endswith(REMOVED)]
+        for path in found:
+            shutil.rmtree(path, ignore_errors=True)
+        return sorted(path.name for path in found)
+
+    def save(self, step: int, params, opt_state, meta: dict[str, Any], data: dict[str, Any] | None = None) -> None:
+        """Starts a save and returns; arrays are copied before the call ends, so they may be donated afterwards.
+
+        Args:
+            step: the number of the checkpoint.
+            params, opt_state: trees of arrays.
+            meta: what is stored beside them; "heldout_loss" decides which is best.
+            data: the state of the data, see data.loader.prefetch.
+
+        Raises:
+            SaveError: this save or the one before it failed.
+        """
+        self.finish()
+        items = {"params": params, "opt_state": opt_state}
+        meta = sealed(meta | {"arrays": {item: _described(tree) for item, tree in items.items()}})
+        arguments = ocp.args.Composite(
             params=_save(params),
             opt_state=_save(opt_state),
+            data=ocp.args.JsonSave(data or {}),
             meta=ocp.args.JsonSave(meta),
         )
-        self._manager.save(step, args=items)
+        self._pending = step
+        try:
+            self._manager.save(step, args=arguments)
+        except Exception as error:
+            self._give_up(error)
+
+    def poll(self) -> int | None:
+        """Returns the step of a save that has ended since the last call, or None; never waits.
+
+        Raises:
+            SaveError: that save failed.
+        """
+        if self._pending is None or self._manager.is_saving_in_progress():
+            return None
+        return self.finish()
+
+    def finish(self) -> int | None:
+        """Waits for the save in flight; returns its step, or None if there was none.
+
+        Raises:
+            SaveError: it failed.
+        """
+        if self._pending is None:
+            return None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._give_up(error)
+        step, self._pending = self._pending, None
+        if not (self.folder / str(step)).is_dir():
+            raise SaveError(f"the checkpoint of step {step} has vanished from {self.folder}")
+        self._remove_old()
+        return step
+
+    def _give_up(self, error: Exception) -> None:
+        """Leaves no trace of a failed save, so that the disk has room again, and raises SaveError."""
+        step, self._pending = self._pending, None
+        with contextlib.suppress(OSError):
+            self.clean()
+            self._open()  # the failed manager would repeat its error for ever
+        last = self.latest()
+        stands = "there is no earlier one" if last is None else f"{self.folder}/{last} is the last good one"
+        raise SaveError(
+            f"the checkpoint of step {step} could not be written: {_first_line(error)}; {stands}{_room(self.folder)}"
+        ) from error
+
+    def _remove_old(self) -> None:
+        steps = self.steps()
+        kept = set(steps[-self._keep :])
+        if self._keep_every:
+            kept |= {step for step in steps if step % self._keep_every == 0}
+        if self._keep_best and (best := self.best()) is not None:
+            kept.add(best)
+        for step in steps:
+            if step in kept:
+                continue
+            doomed = self.folder / f"{step}{REMOVED}"
+            with contextlib.suppress(OSError):  # a folder that cannot be removed costs space and nothing else
+                # A rename is all or nothing: a process killed here leaves no half of a checkpoint under its number.
+                (self.folder / str(step)).rename(doomed)
+                thread = threading.Thread(target=shutil.rmtree, args=(doomed,), kwargs={"ignore_errors": True})
+                thread.start()
+                self._removing.append(thread)
+        self._manager.reload()
+
+    def best(self) -> int | None:
+        """The step with the lowest held-out loss, or None."""
+        losses = {}
+        for step in self.steps():
+            with contextlib.suppress(DamagedError):
+                loss = self.meta(step).get("heldout_loss")
+                if loss is not None and math.isfinite(loss):
+                    losses[step] = loss
+        return min(losses, key=losses.get, default=None)
 
     def restore(self, step: int, params, opt_state) -> tuple[Any, Any]:
         """Restores a step onto the shardings of `params` and `opt_state` (arrays or ShapeDtypeStructs with shardings).
 
         Raises:
             UserError: the checkpoint is of another model or another optimizer, or was imported and has no optimizer state.
+            DamagedError: it cannot be read, or is not what was saved.
         """
-        if not (self.folder / str(step) / "opt_state").is_dir():
+        arrays = self.meta(step).get("arrays", {})
+        if "opt_state" not in arrays and not (self.folder / str(step) / "opt_state").is_dir():
             raise UserError(
-                f"the checkpoint {self.folder}/{step} has no optimizer state (it was imported); train in another workdir"
+                f"the checkpoint {self.folder}/{step} has no optimizer state (it was imported); "
+                "train in another workdir, with train.init_from set to this one"
             )
-        self._check(step, "params", params, "model")
-        self._check(step, "opt_state", opt_state, "optimizer")
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(_abstract(params)),
-            opt_state=ocp.args.StandardRestore(_abstract(opt_state)),
-        )
-        found = self._manager.restore(step, args=items)
-        return _refill(params, found["params"]), _refill(opt_state, found["opt_state"])
+        return tuple(self._restore(step, {"params": params, "opt_state": opt_state}, arrays))
 
     def restore_params(self, step: int, params):
         """Restores the parameters alone onto the shardings of `params`.
 
         Raises:
             UserError: the checkpoint is of another model.
+            DamagedError: it cannot be read, or is not what was saved.
         """
-        self._check(step, "params", params, "model")
-        items = ocp.args.Composite(params=ocp.args.StandardRestore(_abstract(params)))
-        return _refill(params, self._manager.restore(step, args=items)["params"])
+        (found,) = self._restore(step, {"params": params}, self.meta(step).get("arrays", {}))
+        return found
+
+    def _restore(self, step: int, wanted: dict[str, Any], arrays: dict[str, dict]) -> list[Any]:
+        for item, like in wanted.items():
+            self._check(step, item, like, arrays.get(item))
+        items = {item: ocp.args.StandardRestore(_abstract(like)) for item, like in wanted.items()}
+        found = self._read(step, ocp.args.Composite(**items))
+        for item in wanted:
+            said, is_ = arrays.get(item), found[item]
+            if said is None:  # imported: there was nothing to take fingerprints of before it was written
+                continue
+            now = fingerprints(is_)
+            wrong = [name for name in now if now[name] != said[name]["fingerprint"]]
+            if wrong:
+                raise DamagedError(
+                    f"the checkpoint {self.folder}/{step} is damaged: {len(wrong)} of {len(now)} arrays are not what was saved "
+                    f"({', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''})"
+                )
+        return [_refill(like, found[item]) for item, like in wanted.items()]
 
     def meta(self, step: int) -> dict[str, Any]:
-        """Reads what was stored beside the arrays."""
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        """Reads what was stored beside the arrays.
 
-    def _check(self, step: int, item: str, like, what: str) -> None:
+        Raises:
+            DamagedError: it cannot be read, or is not what was saved.
+        """
+        meta = self._read(step, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        if not isinstance(meta, dict) or ("seal" in meta and sealed(meta) != meta):
+            raise DamagedError(f"the checkpoint {self.folder}/{step} is damaged: its metadata is not what was saved")
+        return meta
+
+    def data(self, step: int) -> dict[str, Any]:
+        """Reads the state of the data; {} where there is none.
+
+        Raises:
+            DamagedError: it cannot be read.
+        """
+        return self._read(step, ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+
+    def set_aside(self, step: int) -> Path:
+        """Moves a damaged checkpoint to `workdir/damaged/`, out of the way of the next save; returns where it is now."""
+        folder = self.folder.parent / "damaged"
+        folder.mkdir(exist_ok=True)
+        names = (f"{step}" + (f"-{n}" if n else "") for n in range(10**6))
+        target = next(folder / name for name in names if not (folder / name).exists())
+        (self.folder / str(step)).rename(target)
+        self._manager.reload()
+        return target
+
+    def _read(self, step: int, arguments: ocp.args.Composite):
+        try:
+            return self._manager.restore(step, args=arguments)
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise  # out of memory says nothing about the checkpoint
+        except Exception as error:  # Orbax and tensorstore raise many kinds for files that are missing, cut or changed
+            raise DamagedError(f"the checkpoint {self.folder}/{step} is damaged: {_first_line(error)}") from error
+
+    def _check(self, step: int, item: str, like, said: dict[str, dict] | None) -> None:
         """Refuses arrays of other names or shapes: Orbax would quietly pad or cut an array of another shape."""
-        stored = {name: tuple(leaf.shape) for name, leaf in self._manager.item_metadata(step)[item].items()}
+        if said is not None:
+            stored = {name: tuple(leaf["shape"]) for name, leaf in said.items()}
+        else:
+            found = self._manager.item_metadata(step)[item]
+            stored = {name: tuple(leaf.shape) for name, leaf in found.items()}
         wanted = {name: tuple(leaf.shape) for name, leaf in named_leaves(like).items()}
         names = sorted(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
         if names:
+            what = {"params": "model", "opt_state": "optimizer"}[item]
             lines = [f"  {n}: checkpoint {stored.get(n, 'none')}, now {wanted.get(n, 'none')}" for n in names[:12]]
             more = [f"  and {len(names) - 12} more"] if len(names) > 12 else []
             raise UserError(
@@ -124,26 +309,49 @@ class Checkpoints:
             )
 
     def close(self) -> None:
-        """Waits for the save in flight and releases the folder."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits for the save in flight and releases the folder.
+
+        Raises:
+            SaveError: that save failed.
+        """
+        try:
+            self.finish()
+        finally:
+            for thread in self._removing:
+                thread.join()
+            self._manager.close()
 
 
-def store_run(workdir: Path, config: dict) -> None:
-    """Writes config.json, what a run is resumed and evaluated with."""
-    (workdir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+def steps_in(folder: Path) -> list[int]:
+    """The steps that have a finished checkpoint in a folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and path.is_dir())
 
 
-def load_run(workdir: Path) -> dict:
-    """Reads the config.json of a run.
+def sealed(meta: dict[str, Any]) -> dict[str, Any]:
+    """Returns metadata with a checksum of itself under "seal"."""
+    content = {key: value for key, value in meta.items() if key != "seal"}
+    text = json.dumps(content, sort_keys=True)
+    return content | {"seal": hashlib.sha256(text.encode()).hexdigest()}
 
-    Raises:
-        UserError: there is none, or it is not JSON.
-    """
-    path = Path(workdir) / "config.json"
+
+def _described(tree) -> dict[str, dict[str, Any]]:
+    found = fingerprints(tree)
+    return {
+        name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "fingerprint": found[name]}
+        for name, leaf in named_leaves(tree).items()
+    }
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def _room(folder: Path) -> str:
+    """Says how full the disk is, where that can be told."""
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; --checkpoint takes the workdir of a run") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+        usage = shutil.disk_usage(folder)
+    except OSError as error:
+        return f". {folder} cannot be looked at: {error.strerror}"
+    return f". {folder} has {usage.free / 1e6:,.0f} MB free of {usage.total / 1e6:,.0f} MB"

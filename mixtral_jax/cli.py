@@ -56,7 +56,7 @@ def run(main: Callable[[], None], usage: str) -> None:
         sys.exit(2)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(error.status)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue from the last checkpoint", file=sys.stderr)
         sys.exit(130)

@@ -5,6 +5,7 @@ Nothing in this file touches a device: a bad configuration is refused before any
 
 import dataclasses
 import difflib
+import json
 import math
 import typing
 from typing import Any, Literal
@@ -19,7 +20,9 @@ class UserError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A fault of the run itself, explained in its message; programs print it without a stack trace and exit with 1."""
+    """A fault of the run itself, explained in its message; programs print it without a stack trace and exit with `status`."""
+
+    status = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,8 +171,8 @@ class Config:
     train: TrainConfig
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Returns the nested plain dict that is stored as JSON with a run."""
-        return dataclasses.asdict(self)
+        """Returns the nested plain dict that is stored as JSON with a run: lists, not tuples."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
 def from_config_dict(config: ConfigDict | dict) -> Config:

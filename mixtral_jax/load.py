@@ -5,10 +5,11 @@ from pathlib import Path
 
 import jax
 
-from mixtral_jax.checkpoint import Checkpoints, load_run
+from mixtral_jax.checkpoint import Checkpoints
 from mixtral_jax.config import AXES, Config, MeshConfig, UserError, from_config_dict, resolve_mesh
 from mixtral_jax.models import mixtral
 from mixtral_jax.sharding import make_mesh, tree_shardings
+from mixtral_jax.workdir import load_run
 
 
 def load(workdir: str | Path, step: int | None, mesh_sizes: dict[str, int] | None = None):
@@ -45,6 +46,14 @@ def load(workdir: str | Path, step: int | None, mesh_sizes: dict[str, int] | Non
     model = checkpoints.restore_params(step, like)
     checkpoints.close()
     return config, model, mesh, step
+
+
+def restore_weights(spec: str, like):
+    """Restores the parameters that `spec` names onto the shardings of `like`."""
+    checkpoints = Checkpoints(spec)
+    params = checkpoints.restore_params(checkpoints.latest(), like)
+    checkpoints.close()
+    return params
 
 
 def stored_corpus(workdir: str | Path, step: int) -> str | None:

@@ -5,13 +5,13 @@ from typing import NamedTuple
 
 from mixtral_jax import losses
 from mixtral_jax.config import Config
-from mixtral_jax.data import Batches, TokenFile, pack
+from mixtral_jax.data import Batches, Corpus, pack
 
 
 class Stage(NamedTuple):
     """What distinguishes one stage from another.
 
-    batches(config, tokens) -> Batches over a split's tokens, shuffled.
+    batches(config, corpus, tokenizer) -> shuffled batches of the training split.
     loss(model, batch, totals, loss_config) -> (loss, (terms, stats_L)); see losses.pretrain_loss.
     """
 
@@ -19,9 +19,9 @@ class Stage(NamedTuple):
     loss: Callable
 
 
-def packed_text(config: Config, tokens: TokenFile) -> Batches:
+def packed_text(config: Config, corpus: Corpus, tokenizer) -> Batches:
     """Documents packed into rows of train.seq_len, shuffled by train.seed."""
-    train = config.train
+    train, tokens = config.train, corpus.train
     plan = pack(tokens.lengths, train.seq_len)
     return Batches(tokens, plan, batch_size=train.batch_size, seq_len=train.seq_len, seed=train.seed)
 

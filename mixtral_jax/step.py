@@ -23,13 +23,13 @@ class TrainState:
     step: jax.Array  # int32, optimizer steps taken
     params: mixtral.Mixtral  # float32
     opt_state: optax.OptState
-    halted: jax.Array  # bool; set by a non-finite step, makes every later step a no-op
+    skipped: jax.Array  # int32, steps whose update was not made because the loss or the gradient was not finite
 
 
 def _builder(config: Config, optimizer: optax.GradientTransformation) -> Callable:
-    def build(key):
-        params = mixtral.init(config.model, key)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jnp.zeros((), bool))
+    def build(key, params=None):
+        params = mixtral.init(config.model, key) if params is None else params
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
     return build
 
@@ -46,15 +46,19 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh
     return like, shardings
 
 
-def init_state(config: Config, optimizer: optax.GradientTransformation, mesh):
-    """Creates the state with random weights, sharded: each device makes only its own part.
+def init_state(config: Config, optimizer: optax.GradientTransformation, mesh, params=None):
+    """Creates the state of step 0, sharded: each device makes only its own part.
+
+    Args:
+        config, optimizer, mesh: of the run.
+        params: the weights to start from, which the state takes over; None makes random ones.
 
     Returns:
         state, and its NamedShardings (the out_shardings of the train step: without them XLA replicates the moments).
     """
     _, shardings = abstract_state(config, optimizer, mesh)
-    build = jax.jit(_builder(config, optimizer), out_shardings=shardings)
-    return build(jax.random.key(config.train.seed)), shardings
+    build = jax.jit(_builder(config, optimizer), out_shardings=shardings, donate_argnums=1)
+    return build(jax.random.key(config.train.seed), params), shardings
 
 
 def _accumulate(loss_fn: Callable, params, batch: dict, totals: Totals, steps: int):
@@ -96,6 +100,7 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation, los
     The metrics are float32 device arrays: scalars, and per layer load_LE, entropy_L, dropped_L.
     """
     schedule = learning_rate_schedule(config.optim, config.train.steps)
+    limit = config.train.skip_nonfinite
 
     def micro_loss(params, batch, totals):
         return loss_fn(params, batch, totals, config.loss)
@@ -112,23 +117,26 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation, los
             params = _update_router_bias(params, stats_L, config.loss.bias_update_rate)
 
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        ok = finite & ~state.halted
-        new = TrainState(state.step + 1, params, opt_state, state.halted)
+        skipped = state.skipped + (~finite).astype(jnp.int32)
+        # Once there are more than the run allows, nothing moves any more: the host learns of it a step late.
+        halted = (skipped > limit) | (state.skipped > limit)
+        new = TrainState(state.step, params, opt_state, state.skipped)
         # A select inside the optimizer's own elementwise loops: it costs no extra pass over the state.
-        new = jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, state)
-        new = dataclasses.replace(new, halted=state.halted | ~finite)
+        new = jax.tree.map(lambda new, old: jnp.where(finite & ~halted, new, old), new, state)
+        new = dataclasses.replace(new, step=state.step + ~halted, skipped=skipped)
         assignments_L = jnp.maximum(stats_L.count_E.sum(-1), 1.0)
         return new, {
             "loss": loss,
             **terms,
             "gradient_norm": norm,
-            "learning_rate": schedule(state.step),
+            "learning_rate": schedule(state.step - state.skipped),  # the optimizer counts its updates only
             "trained_tokens": totals.weight,
             "tokens": totals.tokens,
             "load_LE": stats_L.count_E / assignments_L[:, None],
             "entropy_L": stats_L.entropy / jnp.maximum(stats_L.tokens, 1.0),
             "dropped_L": stats_L.dropped / assignments_L,
-            "halted": new.halted,
+            "skipped": skipped,
+            "halted": halted,
         }
 
     return train_step

@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from mixtral_jax.checkpoint import Checkpoints, load_run, store_run
+from mixtral_jax.checkpoint import Checkpoints
 from mixtral_jax.config import UserError
 from mixtral_jax.models import mixtral
 from mixtral_jax.optim import make_optimizer
 from mixtral_jax.sharding import named_leaves, tree_shardings
+from mixtral_jax.workdir import load_run, store_run
 from tests.helpers import on_mesh, tiny
 
 META = {"tokenizer": "abc", "step": 7}
@@ -63,7 +64,7 @@ def test_a_checkpoint_comes_back_on_another_mesh(tmp_path, opened, axes):
     like = random_state(config, mesh, seed=1)
     checkpoints = opened()
     params, opt_state = checkpoints.restore(7, *like)
-    assert checkpoints.meta(7) == META
+    assert checkpoints.meta(7).items() >= META.items()
     assert_equal(params, want[0])
     assert_equal(opt_state, want[1])
     for leaf, target in zip(jax.tree.leaves((params, opt_state)), jax.tree.leaves(like), strict=True):

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.checkpoint import Checkpoints, store_run
+from mixtral_jax.checkpoint import Checkpoints
 from mixtral_jax.data.tokenizer import ByteTokenizer
 from mixtral_jax.generate import Sampling, generate, sample
 from mixtral_jax.generate.__main__ import main
 from mixtral_jax.generate.engine import steps
 from mixtral_jax.models import mixtral
 from mixtral_jax.models.decode import decode, prefill, prepare
+from mixtral_jax.workdir import store_run
 from tests.golden import reference
 from tests.helpers import on_mesh, shard, tiny
 from tests.test_parity import ours

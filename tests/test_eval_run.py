@@ -10,12 +10,13 @@ import jax
 import numpy as np
 import pytest
 
-from mixtral_jax.checkpoint import Checkpoints, store_run
+from mixtral_jax.checkpoint import Checkpoints
 from mixtral_jax.config import UserError
 from mixtral_jax.data import Corpus, build_cache, load_tokenizer
 from mixtral_jax.evals import baselines, run
 from mixtral_jax.models import mixtral
 from mixtral_jax.sharding import named_leaves
+from mixtral_jax.workdir import store_run
 from tests.helpers import on_mesh, shard, tiny
 
 V = 512

@@ -8,8 +8,8 @@ import pytest
 LAYERS = [
     {"config", "sharding"},
     {"models", "kernels", "losses", "optim", "data"},
-    {"checkpoint", "metrics", "progress", "jsonl", "load", "generate", "convert"},
-    {"stages", "step", "trainer", "evals", "report", "panels"},
+    {"fingerprint", "checkpoint", "workdir", "metrics", "progress", "jsonl", "load", "generate", "convert"},
+    {"stages", "step", "interrupt", "resume", "run", "interlude", "trainer", "evals", "report", "panels"},
     {"cli"},
 ]
 ROOT = Path(__file__).parent.parent

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax import evals, trainer
+from mixtral_jax import run as run_module
 from mixtral_jax.config import UserError
 from mixtral_jax.data import Batches, TokenFile, is_heldout, pack
 from mixtral_jax.losses import Totals
@@ -319,8 +320,8 @@ def test_fit_refuses_to_continue_another_run(corpus, capfd):
     fit(corpus / "run")
     stored = (corpus / "run" / "config.json").read_text()
     for changes, words in (
-        (dict(model__d_ff=40), "w_gate_EDF.*48.*40"),
-        (dict(optim__name="muon", optim__b2=0.9), "another optimizer"),
+        (dict(model__d_ff=40), "model.d_ff: checkpoint 48, now 40"),
+        (dict(optim__name="muon", optim__b2=0.9), "optim.name: checkpoint adamw, now muon"),
         (dict(train__seed=7), "train.seed: checkpoint 0, now 7"),
         (dict(train__seq_len=16), "train.seq_len: checkpoint 32, now 16"),
         (dict(data__heldout_fraction=0.4), "corpus: checkpoint"),
@@ -340,14 +341,14 @@ def test_the_tokenizer_is_told_what_is_held_out(corpus, monkeypatch):
     def record(spec, cache_dir, heldout_fraction=None):
         raise UserError(f"held out: {heldout_fraction}")
 
-    monkeypatch.setattr(trainer, "load_tokenizer", record)
+    monkeypatch.setattr(run_module, "load_tokenizer", record)
     with pytest.raises(UserError, match=r"held out: 0\.3"):
         fit(corpus / "run")
 
 
 def test_fit_refuses_a_workdir_that_is_a_file(corpus):
     (corpus / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be made a folder"):
+    with pytest.raises(UserError, match="cannot be used: File exists"):
         fit(corpus / "file")
 
 

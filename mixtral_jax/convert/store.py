@@ -12,11 +12,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from mixtral_jax.checkpoint import store_run
 from mixtral_jax.config import Config, UserError
 from mixtral_jax.convert import layout
 from mixtral_jax.convert.weights import ordered
 from mixtral_jax.data.tokenizer import MODEL_FILE, SentencePieceTokenizer
+from mixtral_jax.workdir import store_run
 
 IN_FLIGHT = 4  # blocks: one is read and turned while others are compressed and written
 

@@ -10,13 +10,13 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
-from mixtral_jax.checkpoint import load_run
 from mixtral_jax.config import Config, ModelConfig, UserError, from_config_dict
 from mixtral_jax.convert import architecture, layout
 from mixtral_jax.convert.layout import Block
 from mixtral_jax.convert.shards import Shards
 from mixtral_jax.models import mixtral
 from mixtral_jax.sharding import named_leaves
+from mixtral_jax.workdir import load_run
 
 CACHE_BYTES = 256 * 2**20
 BIAS = "layers.router_bias_E"

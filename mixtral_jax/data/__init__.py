@@ -6,6 +6,8 @@ from mixtral_jax.data.packing import Plan, pack
 from mixtral_jax.data.text import Document, documents, is_heldout
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 
+open_corpus = build_cache
+
 __all__ = [
     "Batches",
     "Corpus",
@@ -18,6 +20,7 @@ __all__ = [
     "documents",
     "is_heldout",
     "load_tokenizer",
+    "open_corpus",
     "pack",
     "prefetch",
     "train_sentencepiece",

@@ -109,9 +109,15 @@ class Batches:
 
 
 def prefetch(
-    batches: Batches, first: int, last: int, workers: int, start: int = 0, stop: int | None = None
-) -> Iterator[tuple[int, Batch]]:
-    """Yields (k, rows start to stop - 1 of batch k) for k from first to last - 1, in order, read ahead by threads.
+    batches: Batches,
+    first: int,
+    last: int,
+    workers: int,
+    start: int = 0,
+    stop: int | None = None,
+    state: dict | None = None,
+) -> Iterator[tuple[int, Batch, dict]]:
+    """Yields (k, rows start to stop - 1 of batch k, {}) for k from first to last - 1, in order, read ahead by threads.
 
     An exception in a thread is raised here, when its batch is due.
     """
@@ -119,7 +125,7 @@ def prefetch(
 
     options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
     steps = grain.MapDataset.range(first, last)
-    iterator = iter(steps.map(lambda k: (int(k), batches.rows(int(k), start, stop))).to_iter_dataset(options))
+    iterator = iter(steps.map(lambda k: (int(k), batches.rows(int(k), start, stop), {})).to_iter_dataset(options))
     try:
         yield from iterator
     finally:

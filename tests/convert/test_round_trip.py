@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from configs.common import base
-from mixtral_jax.checkpoint import Checkpoints, load_run, store_run
+from mixtral_jax.checkpoint import Checkpoints
 from mixtral_jax.config import UserError, from_config_dict
 from mixtral_jax.convert import architecture
 from mixtral_jax.convert.__main__ import main
 from mixtral_jax.models import mixtral
 from mixtral_jax.sharding import named_leaves, tree_shardings
+from mixtral_jax.workdir import load_run, store_run
 from tests.convert import sources
 from tests.golden import reference
 from tests.helpers import on_mesh, tiny

@@ -175,7 +175,7 @@ def test_prefetch_yields_the_batches_in_order():
     assert [k for k, _ in found] == list(range(5, 25))
     for k, batch in found:
         assert_equal(batch, batches.batch(k))
-    for k, batch in prefetch(batches, 2, 4, 1, 1, 3):
+    for k, batch, _ in prefetch(batches, 2, 4, 1, 1, 3):
         assert_equal(batch, batches.rows(k, 1, 3))
     assert list(prefetch(batches, 7, 7, 2)) == []
 

@@ -1,0 +1,121 @@
+"""What happens between steps now and then: held-out loss, a sample of text, a checkpoint; and at the end, the verdict."""
+
+import textwrap
+from collections.abc import Callable
+
+from mixtral_jax import metrics, report
+from mixtral_jax.checkpoint import SaveError
+from mixtral_jax.generate import sample
+from mixtral_jax.jsonl import read_jsonl
+from mixtral_jax.progress import printable
+from mixtral_jax.resume import identity
+from mixtral_jax.run import Run
+
+
+def evaluate(run: Run, step: int) -> float:
+    """Scores some held-out batches, draws the report, returns the loss in nats per token."""
+    found = run.heldout(run.state.params, run.config.train.eval_batches)
+    run.writer.write("heldout", step, {name: found[name] for name in ("loss", "bits_per_byte")})
+    run.progress.note(f"held-out at step {step}: loss {found['loss']:.4f}, {found['bits_per_byte']:.4f} bits per byte")
+    draw_report(run)
+    return found["loss"]
+
+
+def draw_report(run: Run) -> None:
+    """Draws report.png; a picture that cannot be written is no reason to stop."""
+    try:
+        report.write_report(run.workdir / "metrics.jsonl", run.workdir / "report.png", run.workdir.name)
+    except OSError as error:
+        run.progress.note(f"WARNING: {run.workdir / 'report.png'} could not be written: {error}")
+
+
+def draw_sample(run: Run, step: int) -> None:
+    """Continues train.sample_prompt and shows the text."""
+    train = run.config.train
+    prompt = train.sample_prompt
+    text = sample(
+        run.state.params,
+        run.tokenizer,
+        prompt,
+        max_tokens=train.sample_tokens,
+        temperature=0.7,
+        seed=train.seed + step,
+    )
+    run.writer.write("sample", step, {"text": prompt + text})
+    shown = textwrap.indent(printable(prompt + text), "    | ", lambda line: True)
+    run.progress.note(f"sample at step {step}:\n{shown}")
+
+
+def save(run: Run, step: int, data_state: dict, heldout_loss: float | None = None) -> None:
+    """Starts a checkpoint of this step.
+
+    Raises:
+        SaveError: this one or the one before it could not be written, and train.continue_on_save_error is off.
+    """
+    meta = {
+        "identity": identity(run.config, run.tokenizer, run.corpus),
+        "skipped": run.skipped,
+        "heldout_loss": heldout_loss,
+    }
+    watch_saves(
+        run, lambda: run.checkpoints.finish()
+    )  # the one before: its failure must not keep this one from starting
+    watch_saves(run, lambda: run.checkpoints.save(step, run.state.params, run.state.opt_state, meta, data_state))
+
+
+def watch_saves(run: Run, act: Callable) -> None:
+    """Does something with the checkpoints; a save that failed stops the run, or is told and noted.
+
+    Raises:
+        SaveError: a save failed and train.continue_on_save_error is off.
+    """
+    try:
+        if act() is not None:
+            run.save_error = None
+    except SaveError as error:
+        if not run.config.train.continue_on_save_error:
+            raise
+        run.save_error = error
+        run.progress.note(f"WARNING: {error}. Training goes on (train.continue_on_save_error).")
+
+
+def is_finished(run: Run) -> bool:
+    """Whether the final evaluation of the last step is already written."""
+    lines = read_jsonl(run.workdir / "metrics.jsonl")
+    return any(line["kind"] == "final" and line["step"] == run.config.train.steps for line in lines)
+
+
+def finish(run: Run, baselines: Callable, values: dict | None) -> dict[str, float]:
+    """The last words: the whole held-out split, the baselines, the routers' health, the report."""
+    steps = run.config.train.steps
+    run.progress.note("evaluating on the whole held-out split ...")
+    found = run.heldout(run.state.params, None)
+    final = {name: found[name] for name in ("loss", "bits_per_byte", "tokens")} | baselines(run.config, run.corpus)
+    run.writer.write("heldout", steps, {name: found[name] for name in ("loss", "bits_per_byte")})
+    run.writer.write("final", steps, final)
+    if values is not None:
+        run.progress.note(metrics.router_table(values["load_LE"], values["entropy_L"], values["dropped_L"]))
+    run.progress.note(_verdict(final))
+    draw_report(run)
+    run.progress.note(f"report      {run.workdir / 'report.png'}")
+    watch_saves(run, run.checkpoints.finish)
+    if run.save_error is None:
+        run.progress.note(f"checkpoint  {run.checkpoints.folder}/{steps}")
+    return final
+
+
+def _verdict(final: dict[str, float]) -> str:
+    """The comparison a person looks for: ours against the n-gram models on the same text."""
+    rows = [
+        (name, final[f"{name}_bits_per_byte"]) for name in ("unigram", "bigram") if f"{name}_bits_per_byte" in final
+    ]
+    rows.append(("this model", final["bits_per_byte"]))
+    lines = [
+        f"held-out bits per byte ({final['tokens']:,} tokens):",
+        *(f"  {name:<10}  {bits:7.4f}" for name, bits in rows),
+    ]
+    if "bigram_bits_per_byte" in final:
+        better = final["bits_per_byte"] < final["bigram_bits_per_byte"]
+        closing = "beats the bigram model" if better else "does not beat the bigram model: train longer"
+        lines.append(f"  The model {closing}.")
+    return "\n".join(lines)

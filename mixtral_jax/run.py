@@ -1,0 +1,129 @@
+"""A run and all it has at hand between its steps."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mixtral_jax import metrics
+from mixtral_jax.checkpoint import Checkpoints, SaveError
+from mixtral_jax.config import Config, UserError
+from mixtral_jax.data import Corpus, load_tokenizer, open_corpus
+from mixtral_jax.jsonl import JsonlWriter
+from mixtral_jax.models import mixtral
+from mixtral_jax.optim import make_optimizer
+from mixtral_jax.progress import Progress, Throughput
+from mixtral_jax.resume import find_state, identity
+from mixtral_jax.sharding import make_mesh, replicated
+from mixtral_jax.stages import STAGES
+from mixtral_jax.step import TrainState, make_train_step
+from mixtral_jax.workdir import store_run
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything a run has at hand between its steps; built by `start`."""
+
+    config: Config
+    workdir: Path
+    mesh: jax.sharding.Mesh
+    tokenizer: Any
+    corpus: Corpus
+    batches: Any
+    data_state: dict | None  # of the checkpoint it resumed from
+    state: TrainState
+    skipped: int  # non-finite steps so far
+    step_fn: Callable
+    heldout: Callable  # (params, limit) -> {"loss", "bits_per_byte", ...}
+    checkpoints: Checkpoints
+    flops_per_token: float
+    peak_flops: float
+    progress: Progress
+    writer: JsonlWriter
+    throughput: Throughput
+    save_error: SaveError | None = None  # of the latest save
+
+    def close(self) -> None:
+        """Ends what runs in the background.
+
+        Raises:
+            SaveError: the save in flight failed.
+        """
+        self.progress.close()
+        self.writer.close()
+        self.checkpoints.close()
+
+
+def start(config: Config, workdir: Path, make_heldout: Callable) -> Run:
+    """Builds a run from a configuration whose mesh is resolved, restores its state if there is one, prints the header.
+
+    Raises:
+        UserError: the tokenizer, the data, the checkpoint or train.init_from does not fit the configuration.
+        RunError: there are checkpoints and all of them are damaged.
+    """
+    train = config.train
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.cache_dir, config.data.heldout_fraction)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids and model.vocab_size={config.model.vocab_size}; "
+            f"raise model.vocab_size to at least {tokenizer.vocab_size}"
+        )
+    corpus = open_corpus(config.data, tokenizer)
+    mesh = make_mesh(config.mesh)
+    stage = STAGES[train.stage]
+    optimizer = make_optimizer(config.optim, train.steps)
+    checkpoints = Checkpoints(
+        workdir, train.checkpoints_to_keep, keep_every=train.checkpoint_keep_every, keep_best=train.keep_best
+    )
+    notes = [f"removed {name}, which was not finished" for name in checkpoints.clean()]
+    mine = identity(config, tokenizer, corpus)
+    found = find_state(config, optimizer, mesh, checkpoints, mine, tokenizer, notes.append)
+    store_run(workdir, config.to_dict())
+    tokenizer.save(workdir / "tokenizer")
+    step_fn = jax.jit(
+        make_train_step(config, optimizer, stage.loss),
+        donate_argnums=0,
+        out_shardings=(found.shardings, replicated(mesh)),
+    )
+    peak, peak_source = metrics.mesh_peak_flops(mesh.devices.flat, config.model.dtype)
+    progress = Progress(train.steps, found.step or 0, log_every=train.log_every)
+    progress.note(_header(config, mesh, tokenizer, corpus, peak, peak_source))
+    for line in notes:
+        progress.note(line)
+    return Run(
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        tokenizer=tokenizer,
+        corpus=corpus,
+        batches=stage.batches(config, corpus, tokenizer),
+        data_state=found.data,
+        state=found.state,
+        skipped=found.meta.get("skipped", 0),
+        step_fn=step_fn,
+        heldout=make_heldout(config, corpus.heldout),
+        checkpoints=checkpoints,
+        flops_per_token=metrics.flops_per_token(config.model, train.seq_len),
+        peak_flops=peak,
+        progress=progress,
+        writer=JsonlWriter(workdir / "metrics.jsonl", resume_step=-1 if found.step is None else found.step),
+        throughput=Throughput(train.batch_size * train.seq_len),
+    )
+
+
+def _header(config, mesh, tokenizer, corpus, peak, peak_source) -> str:
+    total, active = mixtral.parameter_counts(config.model)
+    return metrics.header(
+        config,
+        total_params=total,
+        active_params=active,
+        mesh_shape=dict(mesh.shape),
+        tokenizer_name=tokenizer.name,
+        num_train_tokens=0 if config.data.streaming else len(corpus.train.tokens),
+        device_kind=jax.devices()[0].device_kind,
+        num_devices=mesh.size,
+        peak=peak,
+        peak_source=peak_source,
+    )
