@@ -1,13 +1,16 @@
 """What is saved comes back, on any mesh; what does not fit is refused by name."""
 
+import gc
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from mixtral_jax.checkpoint import Checkpoints
+from mixtral_jax.checkpoint import UNFINISHED, Checkpoints, DamagedError
 from mixtral_jax.config import UserError
+from mixtral_jax.fingerprint import fingerprints
 from mixtral_jax.models import mixtral
 from mixtral_jax.optim import make_optimizer
 from mixtral_jax.sharding import named_leaves, tree_shardings
@@ -37,7 +40,7 @@ def assert_equal(got, want):
 def saved(folder, config, mesh, steps=(7,), keep=1):
     checkpoints = Checkpoints(folder, keep)
     for step in steps:
-        checkpoints.save(step, *random_state(config, mesh, seed=step), META | {"step": step})
+        checkpoints.save(step, *random_state(config, mesh, seed=step), META | {"step": step}, {"at": [step, 12345]})
     checkpoints.close()
 
 
@@ -139,6 +142,142 @@ def test_the_latest_checkpoints_stay_and_looking_at_them_removes_none(tmp_path, 
     assert checkpoints.meta(4)["step"] == 4
     checkpoints.close()
     assert opened(keep=1).steps() == [4, 10, 12]
+
+
+def test_what_stays(tmp_path):
+    """The latest two, every multiple of ten, and the best of those whose held-out loss is known."""
+    config, mesh = on_mesh(tiny())
+    state = random_state(config, mesh)
+    checkpoints = Checkpoints(tmp_path, keep=2, keep_every=10, keep_best=True)
+    stay = {}
+    for step, loss in ((2, 3.0), (4, 1.0), (8, None), (10, 2.0), (12, float("nan")), (14, 2.5), (16, 1.5)):
+        checkpoints.save(step, *state, META | {"heldout_loss": loss})
+        checkpoints.finish()
+        stay[step] = checkpoints.steps()
+    checkpoints.close()
+    assert stay[4] == [2, 4]
+    assert stay[8] == [4, 8]
+    assert stay[10] == [4, 8, 10]
+    assert stay[12] == [4, 10, 12]
+    assert stay[16] == [4, 10, 14, 16]
+    checkpoints = Checkpoints(tmp_path, keep=2, keep_best=True)
+    assert checkpoints.best() == 4
+    checkpoints.save(18, *state, META | {"heldout_loss": 0.5})
+    checkpoints.close()
+    assert checkpoints.steps() == [16, 18]
+    assert checkpoints.best() == 18
+    assert {path.name for path in checkpoints.folder.iterdir()} == {"16", "18"}, "what is removed is removed for good"
+
+
+def test_data_state_and_metadata_come_back(tmp_path, opened):
+    config, mesh = on_mesh(tiny())
+    checkpoints = Checkpoints(tmp_path)
+    state = {"stream": {"shard": 3, "row": [1, 2]}, "window": 7}
+    checkpoints.save(1, *random_state(config, mesh), META, state)
+    checkpoints.close()
+    assert opened().data(1) == state
+    assert opened().meta(1).items() >= META.items()
+
+
+def test_half_a_checkpoint_is_none_and_is_cleaned_up(tmp_path, opened):
+    config, mesh = on_mesh(tiny())
+    saved(tmp_path, config, mesh)
+    folder = tmp_path / "checkpoints"
+    for name in ("9.orbax-checkpoint-tmp", "5.removed"):
+        shutil.copytree(folder / "7", folder / name)
+    (folder / "notes").mkdir()  # not ours, not touched
+    checkpoints = opened()
+    assert checkpoints.steps() == [7]
+    assert checkpoints.clean() == ["5.removed", "9.orbax-checkpoint-tmp"]
+    assert {path.name for path in folder.iterdir()} == {"7", "notes"}
+
+
+def test_orbax_still_writes_aside_under_the_name_that_we_clean_up(tmp_path, monkeypatch):
+    """A release that names its unfinished folders otherwise would leave them lying for ever."""
+    config, mesh = on_mesh(tiny())
+    checkpoints = Checkpoints(tmp_path)
+    seen = set()
+    checkpoints.save(3, *random_state(config, mesh), META)
+    while checkpoints.poll() is None:
+        seen |= {path.name for path in checkpoints.folder.iterdir()}
+    checkpoints.close()
+    assert seen - {"3"}, "the save was over before it was looked at"
+    assert all(UNFINISHED in name for name in seen - {"3"})
+
+
+def files_of(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+
+
+def damage(path, how, rng):
+    content = bytearray(path.read_bytes())
+    if how == "flip":
+        content[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(content)
+    elif how == "cut":
+        path.write_bytes(content[: rng.integers(len(content))])
+    else:
+        path.unlink()
+
+
+# Orbax leaves coroutines behind when a read fails; they are not awaited, and they hold nothing.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
+@pytest.mark.parametrize("how", ["flip", "cut", "delete"])
+def test_no_damage_goes_unnoticed(tmp_path, opened, how):
+    """Whichever file of a checkpoint is changed: it is called damaged, or what comes back is what was saved."""
+    config, mesh = on_mesh(tiny(model__num_layers=1), fsdp=2)
+    saved(tmp_path, config, mesh)
+    folder = tmp_path / "checkpoints" / "7"
+    shutil.copytree(folder, tmp_path / "good")
+    want = random_state(config, mesh, seed=7)
+    like = random_state(config, mesh, seed=1)
+    rng = np.random.default_rng(0)
+    names = [path.relative_to(folder) for path in files_of(folder)]
+    noticed = 0
+    for name in names * (2 if how == "flip" else 1):
+        shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "good", folder)
+        damage(folder / name, how, rng)
+        try:
+            checkpoints = opened()
+            meta, data = checkpoints.meta(7), checkpoints.data(7)
+            params, opt_state = checkpoints.restore(7, *like)
+        except DamagedError as error:
+            said = str(error)
+            noticed += str(folder) in said
+            continue
+        assert meta.items() >= META.items(), name
+        assert data == {"at": [7, 12345]}, name
+        assert_equal(params, want[0])
+        assert_equal(opt_state, want[1])
+    gc.collect()  # what Orbax left behind must end within this test
+    assert noticed >= 6, "the arrays, their metadata and ours at least"
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_its_number_is_free_again(tmp_path, opened):
+    config, mesh = on_mesh(tiny())
+    saved(tmp_path, config, mesh, steps=(7, 8), keep=2)
+    checkpoints = opened(keep=2)
+    state = random_state(config, mesh)
+    for expected in ("8", "8-1"):
+        assert checkpoints.set_aside(8) == tmp_path / "damaged" / expected
+        assert checkpoints.steps() == [7]
+        checkpoints.save(8, *state, META)
+        assert checkpoints.finish() == 8
+    assert checkpoints.steps() == [7, 8]
+
+
+def test_a_fingerprint_does_not_depend_on_the_mesh_and_sees_every_change():
+    tree = {"a": np.arange(64.0, dtype=np.float32).reshape(8, 8), "b": np.zeros((8,), np.int32), "c": np.float32(0)}
+    spread = jax.device_put(tree["a"], jax.sharding.NamedSharding(on_mesh(tiny(), fsdp=8)[1], jax.P("fsdp")))
+    want = fingerprints(tree)
+    assert fingerprints(tree | {"a": spread}) == want
+    changed = tree["a"].copy()
+    changed[3, 4] = -changed[3, 4]
+    assert fingerprints(tree | {"a": changed})["a"] != want["a"]
+    assert fingerprints(tree | {"a": tree["a"][::-1]})["a"] != want["a"], "order counts"
+    assert fingerprints(tree | {"c": np.float32(-0.0)})["c"] != want["c"], "bits count, not values"
+    assert fingerprints(tree | {"b": np.zeros((9,), np.int32)})["b"] != want["b"]
 
 
 def test_an_empty_folder_has_no_checkpoint(opened):

@@ -35,13 +35,13 @@ def known_loss(params, batch, totals, config):
     return with_slope(batch["value"], params, batch["slope"]), ({"a_term": 7 * totals.tokens}, stats_L)
 
 
-def one_step(value=3.0, slope=0.5, step=0, **overrides):
+def one_step(value=3.0, slope=0.5, step=0, skipped=0, **overrides):
     """Returns the new state and the metrics of a step of plain gradient descent from zeros, and the number of parameters."""
     config = tiny(train__steps=20, **overrides)
     like = mixtral.abstract(config.model)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), like)
     optimizer = optax.sgd(1.0, momentum=0.5)
-    state = TrainState(np.int32(step), params, optimizer.init(params), np.bool_(False))
+    state = TrainState(np.int32(step), params, optimizer.init(params), np.int32(skipped))
     batch = random_batch(config) | {"value": np.float32(value), "slope": np.float32(slope)}
     new, metrics = jax.device_get(jax.jit(make_train_step(config, optimizer, known_loss))(state, batch))
     return new, metrics, sum(leaf.size for leaf in jax.tree.leaves(like))
@@ -63,11 +63,34 @@ def test_a_loss_or_a_gradient_that_is_not_finite_changes_nothing(value, slope):
     """Each alone is enough; gradients of 1e30 are finite themselves and their norm is not."""
     state, metrics, _ = one_step(value, slope)
     assert metrics["halted"]
-    assert state.halted
+    assert state.skipped == 1
     assert state.step == 0
     for tree in (state.params, state.opt_state):
         for name, leaf in named_leaves(tree).items():
             np.testing.assert_array_equal(leaf, np.zeros_like(leaf), err_msg=name)
+
+
+def test_as_many_non_finite_steps_as_allowed_are_skipped():
+    """A skipped step takes its batch and changes nothing else; the one too many, and all after it, take not even that."""
+    for skipped, value, limit, halted, step in (
+        (0, np.nan, 2, False, 6),
+        (1, np.nan, 2, False, 6),
+        (2, np.nan, 2, True, 5),
+        (3, 3.0, 2, True, 5),
+        (2, 3.0, 2, False, 6),
+    ):
+        state, metrics, _ = one_step(value, step=5, skipped=skipped, train__skip_nonfinite=limit)
+        assert bool(metrics["halted"]) is halted, (skipped, value)
+        assert state.step == step
+        assert state.skipped == skipped + np.isnan(value)
+        moved = any(leaf.any() for leaf in jax.tree.leaves(state.params))
+        assert moved is bool(np.isfinite(value) and not halted)
+
+
+def test_the_learning_rate_counts_updates_and_not_skipped_steps():
+    rate = dict(optim__warmup_steps=10, optim__learning_rate=0.1, train__skip_nonfinite=9)
+    _, metrics, _ = one_step(step=6, skipped=2, **rate)
+    assert metrics["learning_rate"] == pytest.approx(0.05)
 
 
 def test_the_metrics_say_what_the_step_did():

@@ -172,9 +172,10 @@ def test_evaluation_yields_every_row_once_and_pads_the_last_batch():
 def test_prefetch_yields_the_batches_in_order():
     batches = make()
     found = list(prefetch(batches, 5, 25, 3))
-    assert [k for k, _ in found] == list(range(5, 25))
-    for k, batch in found:
+    assert [k for k, *_ in found] == list(range(5, 25))
+    for k, batch, state in found:
         assert_equal(batch, batches.batch(k))
+        assert state == {}
     for k, batch, _ in prefetch(batches, 2, 4, 1, 1, 3):
         assert_equal(batch, batches.rows(k, 1, 3))
     assert list(prefetch(batches, 7, 7, 2)) == []
