@@ -1,20 +1,22 @@
 """What is saved comes back, on any mesh; what does not fit is refused by name."""
 
-import gc
 import json
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 
-from mixtral_jax.checkpoint import UNFINISHED, Checkpoints, DamagedError
+from mixtral_jax.checkpoint import UNFINISHED, Checkpoints
 from mixtral_jax.config import UserError
 from mixtral_jax.fingerprint import fingerprints
 from mixtral_jax.models import mixtral
 from mixtral_jax.optim import make_optimizer
 from mixtral_jax.sharding import named_leaves, tree_shardings
 from mixtral_jax.workdir import load_run, store_run
+from tests import processes
 from tests.helpers import on_mesh, tiny
 
 META = {"tokenizer": "abc", "step": 7}
@@ -205,53 +207,24 @@ def test_orbax_still_writes_aside_under_the_name_that_we_clean_up(tmp_path, monk
     assert all(UNFINISHED in name for name in seen - {"3"})
 
 
-def files_of(folder):
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+@pytest.fixture(scope="module")
+def damages(tmp_path_factory):
+    """What tests/damage.py found: it runs in a process of its own, because Orbax drops coroutines where a read fails."""
+    env = processes.environment(devices=8, PYTHONWARNINGS="ignore")
+    folder = str(tmp_path_factory.mktemp("damage"))
+    line = [sys.executable, "-m", "tests.damage", folder]
+    done = subprocess.run(line, cwd=processes.ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
-def damage(path, how, rng):
-    content = bytearray(path.read_bytes())
-    if how == "flip":
-        content[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
-        path.write_bytes(content)
-    elif how == "cut":
-        path.write_bytes(content[: rng.integers(len(content))])
-    else:
-        path.unlink()
-
-
-# Orbax leaves coroutines behind when a read fails; they are not awaited, and they hold nothing.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
 @pytest.mark.parametrize("how", ["flip", "cut", "delete"])
-def test_no_damage_goes_unnoticed(tmp_path, opened, how):
+def test_no_damage_goes_unnoticed(damages, how):
     """Whichever file of a checkpoint is changed: it is called damaged, or what comes back is what was saved."""
-    config, mesh = on_mesh(tiny(model__num_layers=1), fsdp=2)
-    saved(tmp_path, config, mesh)
-    folder = tmp_path / "checkpoints" / "7"
-    shutil.copytree(folder, tmp_path / "good")
-    want = random_state(config, mesh, seed=7)
-    like = random_state(config, mesh, seed=1)
-    rng = np.random.default_rng(0)
-    names = [path.relative_to(folder) for path in files_of(folder)]
-    noticed = 0
-    for name in names * (2 if how == "flip" else 1):
-        shutil.rmtree(folder)
-        shutil.copytree(tmp_path / "good", folder)
-        damage(folder / name, how, rng)
-        try:
-            checkpoints = opened()
-            meta, data = checkpoints.meta(7), checkpoints.data(7)
-            params, opt_state = checkpoints.restore(7, *like)
-        except DamagedError as error:
-            said = str(error)
-            noticed += str(folder) in said
-            continue
-        assert meta.items() >= META.items(), name
-        assert data == {"at": [7, 12345]}, name
-        assert_equal(params, want[0])
-        assert_equal(opt_state, want[1])
-    gc.collect()  # what Orbax left behind must end within this test
-    assert noticed >= 6, "the arrays, their metadata and ours at least"
+    found = damages[how]
+    assert set(found.values()) <= {"noticed", "harmless"}, found
+    noticed = [name for name, result in found.items() if result == "noticed"]
+    assert {name.split("/")[0] for name in noticed} >= {"params", "opt_state", "meta", "data"}
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_its_number_is_free_again(tmp_path, opened):
