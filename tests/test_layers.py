@@ -8,9 +8,11 @@ import pytest
 LAYERS = [
     {"config", "sharding"},
     {"models", "kernels", "losses", "optim", "data"},
-    {"checkpoint", "metrics", "progress", "jsonl", "load", "generate", "convert"},
+    {"checkpoint", "metrics", "progress", "jsonl", "load", "generate", "convert"}
+    | {"appending", "events", "writers", "timing", "profile", "memory", "compilation_cache"},
     {"stages", "step", "trainer", "evals", "report", "panels"},
     {"cli"},
+    {"env"},
 ]
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "mixtral_jax").rglob("*.py"))
