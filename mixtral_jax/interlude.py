@@ -56,6 +56,7 @@ def save(run: Run, step: int, data_state: dict, heldout_loss: float | None = Non
         "identity": identity(run.config, run.tokenizer, run.corpus),
         "skipped": run.skipped,
         "heldout_loss": heldout_loss,
+        "productive_seconds": run.goodput.productive_seconds,
     }
     watch_saves(
         run, lambda: run.checkpoints.finish()

@@ -14,6 +14,7 @@ from absl import logging as absl_logging
 from tqdm import tqdm
 
 from mixtral_jax.metrics import human, short_float
+from mixtral_jax.timing import data_wait_share
 
 
 @contextlib.contextmanager
@@ -56,13 +57,16 @@ def status(scalars: Mapping[str, Any]) -> str:
     """Puts a step's metrics in one line; those that are absent or None are left out.
 
     Args:
-        scalars: loss (or token_loss where there is no loss), tokens_per_second, mfu (0..1), balance_loss, learning_rate.
+        scalars: loss (or token_loss where there is no loss), tokens_per_second, mfu (0..1), balance_loss, learning_rate;
+            data_wait_seconds and step_seconds, of which the wait's share is shown when it is more than 5% of the step.
     """
     loss = scalars.get("loss", scalars.get("token_loss"))
+    wait = data_wait_share(scalars)
     parts = (
         (loss, lambda x: f"loss {x:.3f}"),
         (scalars.get("tokens_per_second"), lambda x: f"{human(x)} tok/s"),
         (scalars.get("mfu"), lambda x: f"MFU {100 * x:.3g}%" if x < 0.1 else f"MFU {100 * x:.0f}%"),
+        (wait if wait is not None and wait > 0.05 else None, lambda x: f"data wait {x:.0%}"),
         (scalars.get("balance_loss"), lambda x: f"balance {x:.2f}"),
         (scalars.get("learning_rate"), lambda x: f"lr {short_float(x)}"),
     )

@@ -1,6 +1,10 @@
 """A run and all it has at hand between its steps."""
 
 import dataclasses
+import os
+import socket
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ from mixtral_jax import metrics
 from mixtral_jax.checkpoint import Checkpoints, SaveError
 from mixtral_jax.config import Config, UserError
 from mixtral_jax.data import Corpus, load_tokenizer, open_corpus
-from mixtral_jax.jsonl import JsonlWriter
+from mixtral_jax.jsonl import first_start
 from mixtral_jax.models import mixtral
 from mixtral_jax.optim import make_optimizer
 from mixtral_jax.progress import Progress, Throughput
@@ -19,7 +23,9 @@ from mixtral_jax.resume import find_state, identity
 from mixtral_jax.sharding import make_mesh, replicated
 from mixtral_jax.stages import STAGES
 from mixtral_jax.step import TrainState, make_train_step
+from mixtral_jax.timing import Breakdown, Goodput
 from mixtral_jax.workdir import store_run
+from mixtral_jax.writers import MetricsWriter, require_wandb
 
 
 @dataclasses.dataclass
@@ -41,8 +47,12 @@ class Run:
     flops_per_token: float
     peak_flops: float
     progress: Progress
-    writer: JsonlWriter
+    writer: MetricsWriter
     throughput: Throughput
+    breakdown: Breakdown
+    goodput: Goodput
+    seconds: Counter = dataclasses.field(default_factory=Counter)  # of the breakdown, since the last train line
+    steps_since_line: int = 0
     save_error: SaveError | None = None  # of the latest save
 
     def close(self) -> None:
@@ -52,8 +62,10 @@ class Run:
             SaveError: the save in flight failed.
         """
         self.progress.close()
-        self.writer.close()
-        self.checkpoints.close()
+        try:
+            self.writer.close()
+        finally:
+            self.checkpoints.close()
 
 
 def start(config: Config, workdir: Path, make_heldout: Callable) -> Run:
@@ -64,6 +76,7 @@ def start(config: Config, workdir: Path, make_heldout: Callable) -> Run:
         RunError: there are checkpoints and all of them are damaged.
     """
     train = config.train
+    require_wandb(config)
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.cache_dir, config.data.heldout_fraction)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
@@ -92,6 +105,10 @@ def start(config: Config, workdir: Path, make_heldout: Callable) -> Run:
     progress.note(_header(config, mesh, tokenizer, corpus, peak, peak_source))
     for line in notes:
         progress.note(line)
+    resume_step = -1 if found.step is None else found.step
+    writer = MetricsWriter(workdir, config, resume_step, keep_going=train.continue_on_save_error)
+    if (found.step or 0) < train.steps:
+        writer.write("session", found.step or 0, {"process": os.getpid(), "host": socket.gethostname()})
     return Run(
         config=config,
         workdir=workdir,
@@ -108,8 +125,12 @@ def start(config: Config, workdir: Path, make_heldout: Callable) -> Run:
         flops_per_token=metrics.flops_per_token(config.model, train.seq_len),
         peak_flops=peak,
         progress=progress,
-        writer=JsonlWriter(workdir / "metrics.jsonl", resume_step=-1 if found.step is None else found.step),
+        writer=writer,
         throughput=Throughput(train.batch_size * train.seq_len),
+        breakdown=Breakdown(),
+        goodput=Goodput(
+            first_start(workdir / "metrics.jsonl") or time.time(), found.meta.get("productive_seconds", 0.0)
+        ),
     )
 
 

@@ -2,7 +2,8 @@
 
 import contextlib
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -12,8 +13,12 @@ from mixtral_jax.checkpoint import SaveError
 from mixtral_jax.config import Config, RunError, TrainConfig, UserError, resolve_mesh
 from mixtral_jax.data import prefetch
 from mixtral_jax.interrupt import Interrupt
+from mixtral_jax.memory import explain_oom, is_oom
+from mixtral_jax.optim import make_optimizer
 from mixtral_jax.run import Run, start
-from mixtral_jax.sharding import place
+from mixtral_jax.sharding import make_mesh, place
+from mixtral_jax.step import abstract_state
+from mixtral_jax.timing import Breakdown, per_step
 from mixtral_jax.workdir import held
 
 
@@ -44,9 +49,10 @@ def fit(config: Config, workdir: str | Path, make_heldout: Callable, baselines: 
     config = resolve_mesh(config, jax.device_count())
     workdir = Path(workdir)
     with held(workdir), Interrupt("run the same command again to go on") as interrupt:
-        run = start(config, workdir, make_heldout)
+        with _memory_explained(config):
+            run = start(config, workdir, make_heldout)
         try:
-            with jax.set_mesh(run.mesh):
+            with jax.set_mesh(run.mesh), _memory_explained(config):
                 values = _train(run, interrupt)
                 final = {} if interlude.is_finished(run) else interlude.finish(run, baselines, values)
         except BaseException:
@@ -61,23 +67,36 @@ def fit(config: Config, workdir: str | Path, make_heldout: Callable, baselines: 
     return final
 
 
+@contextlib.contextmanager
+def _memory_explained(config: Config) -> Iterator[None]:
+    """Turns an error that means "out of memory" into a RunError that says what filled it and what would help."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, ValueError) as error:  # jax raises RuntimeErrors, its compilers ValueErrors too
+        if not is_oom(error):
+            raise
+        like, _ = abstract_state(config, make_optimizer(config.optim, config.train.steps), make_mesh(config.mesh))
+        raise RunError(explain_oom(error, config=config, state_or_abstract=like)) from error
+
+
 def _train(run: Run, interrupt: Interrupt) -> dict | None:
     """The loop. Metrics of a step are fetched after the next one is dispatched, so that the device never waits."""
     train = run.config.train
     first = int(jax.device_get(run.state.step))
     pending = values = None
-    for k, batch, data_state in prefetch(
-        run.batches, first, train.steps, run.config.data.workers, state=run.data_state
-    ):
-        arrays = place(batch, run.mesh)
-        with jax.transfer_guard("disallow"):
-            run.state, on_device = run.step_fn(run.state, arrays)
+    reader = prefetch(run.batches, first, train.steps, run.config.data.workers, state=run.data_state)
+    for k, batch, data_state in _timed(reader, run.breakdown):
+        with run.breakdown.measure("compile" if k == first else "step"):
+            arrays = place(batch, run.mesh)
+            with jax.transfer_guard("disallow"):
+                run.state, on_device = run.step_fn(run.state, arrays)
         if pending is not None:
             values = _log(run, *pending)
         step = k + 1
         pending = (step, on_device, batch["documents"])
         interrupt.arm()
-        interlude.watch_saves(run, run.checkpoints.poll)
+        with run.breakdown.measure("checkpoint"):
+            interlude.watch_saves(run, run.checkpoints.poll)
         due = _due(train, step, stopping=interrupt.number is not None)
         if due:
             values, pending = _log(run, *pending), None
@@ -99,17 +118,37 @@ def _due(train: TrainConfig, step: int, stopping: bool) -> set[str]:
     return {"save"} if stopping else due
 
 
+def _timed(reader: Iterator, breakdown: Breakdown) -> Iterator:
+    """Yields what the reader yields; waiting for it counts as data_wait."""
+    while True:
+        with breakdown.measure("data_wait"):
+            item = next(reader, None)
+        if item is None:
+            return
+        yield item
+
+
 def _interlude(run: Run, step: int, due: set[str], data_state: dict) -> None:
-    loss = interlude.evaluate(run, step) if "evaluate" in due else None
+    loss = None
+    if "evaluate" in due:
+        with run.breakdown.measure("eval"):
+            loss = interlude.evaluate(run, step)
     if "sample" in due:
-        interlude.draw_sample(run, step)
+        with run.breakdown.measure("sample"):
+            interlude.draw_sample(run, step)
     if "save" in due:
-        interlude.save(run, step, data_state, loss)
+        with run.breakdown.measure("checkpoint"):
+            interlude.save(run, step, data_state, loss)
 
 
 def _log(run: Run, step: int, on_device: dict, documents: list) -> dict:
     """Fetches, checks and writes the metrics of one step; returns them as host values."""
-    values = jax.device_get(on_device)
+    with run.breakdown.measure("step"):
+        values = jax.device_get(on_device)
+    seconds = run.breakdown.take()
+    run.goodput.add(seconds["step"])
+    run.seconds.update(seconds)
+    run.steps_since_line += 1
     skipped = int(values["skipped"])
     if values.pop("halted"):
         raise NonFiniteError(_non_finite(run, step, values, documents))
@@ -125,10 +164,14 @@ def _log(run: Run, step: int, on_device: dict, documents: list) -> dict:
         "tokens_per_second": speed,
         "mfu": speed and speed * run.flops_per_token / run.peak_flops,
         "max_over_mean_L": health["max_over_mean_L"],
+        "goodput": run.goodput.value(time.time()),
+        **per_step(run.seconds, run.steps_since_line),
     }
     run.progress.update(step, values)
     if step % run.config.train.log_every == 0 or step in (1, run.config.train.steps):
         run.writer.write("train", step, values)
+        run.seconds.clear()
+        run.steps_since_line = 0
     return values
 
 

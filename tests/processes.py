@@ -16,6 +16,7 @@ from mixtral_jax.jsonl import read_jsonl
 from mixtral_jax.optim import make_optimizer
 from mixtral_jax.sharding import make_mesh, named_leaves
 from mixtral_jax.step import abstract_state
+from mixtral_jax.timing import CATEGORIES, OTHER
 
 ROOT = Path(__file__).parent.parent
 # A step of a few milliseconds, every step logged, and nothing between the steps but checkpoints.
@@ -30,7 +31,8 @@ SMALL = {
     "train.eval_every": 0,
     "train.sample_every": 0,
 }
-CLOCK = {"time", "tokens_per_second", "mfu"}  # what may differ between two runs of the same steps
+# What may differ between two runs of the same steps.
+CLOCK = {"time", "tokens_per_second", "mfu", "goodput"} | {f"{name}_seconds" for name in (*CATEGORIES, OTHER)}
 
 
 def write_corpus(folder: Path, count: int = 40, word: str = "fox") -> Path:

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.jsonl import JsonlWriter, read_jsonl
+from mixtral_jax import jsonl
+from mixtral_jax.config import RunError
+from mixtral_jax.jsonl import JsonlWriter, first_start, read_jsonl
 
 
 def test_jsonl_round_trip(tmp_path):
@@ -86,3 +88,31 @@ def test_jsonl_broken_in_the_middle_is_refused(tmp_path):
         read_jsonl(path)
     with pytest.raises(ValueError, match="line 2"):
         JsonlWriter(path, resume_step=1)
+
+
+def test_sessions_outlive_every_resume(tmp_path):
+    """They are what goodput and the report's restarts are made from."""
+    path = tmp_path / "metrics.jsonl"
+    assert first_start(path) is None
+    for resume in (-1, 6, 2, -1):
+        with JsonlWriter(path, resume_step=resume) as writer:
+            writer.write("session", max(resume, 0), {})
+            writer.write("train", max(resume, 0) + 1, {"loss": 1.0})
+    lines = read_jsonl(path)
+    assert [line["step"] for line in lines if line["kind"] == "session"] == [0, 6, 2, 0]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [1]
+    assert first_start(path) == lines[0]["time"]
+
+
+def test_a_full_disk_at_a_resume_leaves_the_old_file(tmp_path, monkeypatch):
+    path = written(tmp_path / "metrics.jsonl", [1, 2, 3])
+    before = path.read_bytes()
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(jsonl.os, "fsync", full)
+    with pytest.raises(RunError, match=r"metrics\.jsonl cannot be written: No space left"):
+        JsonlWriter(path, resume_step=1)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -8,9 +8,11 @@ import pytest
 LAYERS = [
     {"config", "sharding"},
     {"models", "kernels", "losses", "optim", "data"},
-    {"fingerprint", "checkpoint", "workdir", "metrics", "progress", "jsonl", "load", "generate", "convert"},
-    {"stages", "step", "interrupt", "resume", "run", "interlude", "trainer", "evals", "report", "panels"},
+    {"fingerprint", "checkpoint", "workdir", "metrics", "progress", "jsonl", "load", "generate", "convert"}
+    | {"appending", "events", "writers", "timing", "profile", "memory", "compilation_cache", "interrupt"},
+    {"stages", "step", "resume", "run", "interlude", "trainer", "evals", "report", "panels"},
     {"cli"},
+    {"env"},
 ]
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "mixtral_jax").rglob("*.py"))

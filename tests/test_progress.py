@@ -55,6 +55,11 @@ def test_status_leaves_out_what_is_not_known():
     assert status({"loss": math.nan}) == "loss nan"
 
 
+def test_status_speaks_of_data_only_when_it_costs():
+    assert status({"loss": 1.0, "data_wait_seconds": 0.05, "step_seconds": 0.95}) == "loss 1.000"
+    assert status({"loss": 1.0, "data_wait_seconds": 0.06, "step_seconds": 0.94}) == "loss 1.000 | data wait 6%"
+
+
 @contextlib.contextmanager
 def terminal(columns):
     """A pseudo terminal: yields its stream, and a list that holds all that was written once the block is left."""
