@@ -6,9 +6,11 @@ of itself: what comes back is what was saved, or the checkpoint is called damage
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -26,6 +28,7 @@ from mixtral_jax.sharding import named_leaves
 CHUNK_BYTES = 64 * 2**20
 # Parts of names of folders that are no checkpoint: of Orbax, still being written; of ours, being removed.
 UNFINISHED, REMOVED = "orbax-checkpoint-tmp", ".removed"
+FILE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOENT)
 EXPERT_WEIGHTS = ("w_gate_EDF", "w_up_EDF", "w_down_EFD")
 
 
@@ -351,7 +354,10 @@ def _described(tree) -> dict[str, dict[str, Any]]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    """What a person needs of an error: the operating system's words where they are in it, else its beginning."""
+    text = str(error)
+    told = next((os.strerror(number) for number in FILE_ERRORS if os.strerror(number) in text), None)
+    return told or (text.strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def _room(folder: Path) -> str:

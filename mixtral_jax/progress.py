@@ -21,9 +21,12 @@ from mixtral_jax.timing import data_wait_share
 def messages() -> Iterator[None]:
     """Shows the package's own messages (a tokenizer being trained, a cache being built) on stderr while a command runs.
 
-    Of the libraries only errors are shown; orbax would report every file through absl.
+    The libraries are silent: what they log is either raised as an exception too, which a command explains, or of no use.
+    Orbax would report every file, and a failed save as a stack trace and as futures that nobody asked for.
     """
-    absl_logging.set_verbosity(absl_logging.ERROR)
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _unraisable
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("mixtral_jax")
@@ -37,6 +40,12 @@ def messages() -> Iterator[None]:
         ours.removeHandler(handler)
         ours.setLevel(before[0])
         ours.propagate = before[1]
+
+
+def _unraisable(unraisable) -> None:
+    """Shows an exception in a callback, but for writes of a failed save that end after Orbax has given up on it."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def printable(text: str) -> str:

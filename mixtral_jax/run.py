@@ -93,8 +93,7 @@ def start(config: Config, workdir: Path, make_heldout: Callable) -> Run:
     notes = [f"removed {name}, which was not finished" for name in checkpoints.clean()]
     mine = identity(config, tokenizer, corpus)
     found = find_state(config, optimizer, mesh, checkpoints, mine, tokenizer, notes.append)
-    store_run(workdir, config.to_dict())
-    tokenizer.save(workdir / "tokenizer")
+    store(workdir, config, tokenizer)
     step_fn = jax.jit(
         make_train_step(config, optimizer, stage.loss),
         donate_argnums=0,
@@ -132,6 +131,12 @@ def start(config: Config, workdir: Path, make_heldout: Callable) -> Run:
             first_start(workdir / "metrics.jsonl") or time.time(), found.meta.get("productive_seconds", 0.0)
         ),
     )
+
+
+def store(workdir: Path, config: Config, tokenizer) -> None:
+    """Keeps the configuration and the tokenizer with the run."""
+    store_run(workdir, config.to_dict())
+    tokenizer.save(workdir / "tokenizer")
 
 
 def _header(config, mesh, tokenizer, corpus, peak, peak_source) -> str:

@@ -72,6 +72,8 @@ def _memory_explained(config: Config) -> Iterator[None]:
     """Turns an error that means "out of memory" into a RunError that says what filled it and what would help."""
     try:
         yield
+    except (UserError, RunError):
+        raise  # explained already; a full disk, for one, is a RESOURCE_EXHAUSTED too
     except (MemoryError, RuntimeError, ValueError) as error:  # jax raises RuntimeErrors, its compilers ValueErrors too
         if not is_oom(error):
             raise

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -69,31 +70,49 @@ def environment(devices: int = 1, **more: str) -> dict[str, str]:
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", **more}
 
 
-def launch(line: list[str], devices: int = 1, **more: str) -> subprocess.Popen:
-    """Starts a process; its output can be read when it has ended."""
-    return subprocess.Popen(
-        line, cwd=ROOT, env=environment(devices, **more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+class Process(subprocess.Popen):
+    """A process whose output can be read while it runs."""
+
+    def __init__(self, line: list[str], devices: int = 1, **more: str):
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed by stop
+        super().__init__(line, cwd=ROOT, env=environment(devices, **more), stdout=self._log, stderr=subprocess.STDOUT)
+
+    def output(self) -> str:
+        """What it printed so far."""
+        self._log.seek(0)
+        return self._log.read()
+
+    def end(self, status: int) -> str:
+        """Waits until it ends, with this status and without a stack trace; returns what it printed."""
+        self.wait(timeout=120)
+        out = self.output()
+        assert self.returncode == status, f"status {self.returncode} instead of {status}:\n{out}"
+        assert "Traceback" not in out, out
+        return out
+
+    def stop(self) -> None:
+        """Kills it if it still runs."""
+        self.kill()
+        self.wait()
+        self._log.close()
 
 
 def run(line: list[str], devices: int = 1, expect: int = 0, **more: str) -> str:
     """Runs a process to its end and returns what it printed; another status than expected fails with all of it."""
-    process = launch(line, devices, **more)
-    out, _ = process.communicate(timeout=600)
-    assert process.returncode == expect, f"status {process.returncode} instead of {expect}:\n{out}"
-    assert "Traceback" not in out, out
-    return out
+    process = Process(line, devices, **more)
+    try:
+        return process.end(expect)
+    finally:
+        process.stop()
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 120.0) -> bool:
-    """Waits until a condition holds; returns False if the process ended before."""
+def wait_for(condition, process: Process, seconds: float = 120.0) -> None:
+    """Waits until a condition holds; it is a failure if the process ends before."""
     end = time.monotonic() + seconds
     while not condition():
-        if process.poll() is not None:
-            return False
-        assert time.monotonic() < end, "the process did not come so far"
+        assert process.poll() is None, f"the process ended before:\n{process.output()}"
+        assert time.monotonic() < end, f"the process did not come so far:\n{process.output()}"
         time.sleep(0.002)
-    return True
 
 
 def logged(workdir: Path, kind: str = "train") -> list[dict]:

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tests.processes import assert_same, command, launch, logged, run, steps_logged, stored, wait_for, write_corpus
+from tests.processes import Process, assert_same, command, logged, run, steps_logged, stored, wait_for, write_corpus
 
 STEPS, KILLS = 40, 25
 
@@ -16,7 +16,7 @@ def being_saved(workdir):
 
 def kill_once(line, workdir, how: str, rng: random.Random) -> bool:
     """Starts the run and kills it at a random moment of a kind; returns whether a checkpoint was being written then."""
-    process = launch(line)
+    process = Process(line)
     try:
         before = max(steps_logged(workdir), default=0)
         if how == "anywhere":
@@ -29,11 +29,10 @@ def kill_once(line, workdir, how: str, rng: random.Random) -> bool:
             wait_for(lambda: being_saved(workdir), process)
             time.sleep(rng.uniform(0.0, 0.02))
         saving = being_saved(workdir)
-        assert process.poll() is None, "the run ended before it was killed:\n" + process.communicate()[0]
+        assert process.poll() is None, "the run ended before it was killed:\n" + process.output()
         return saving
     finally:
-        process.kill()
-        process.communicate()
+        process.stop()
 
 
 @pytest.mark.slow
