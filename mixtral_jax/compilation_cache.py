@@ -27,14 +27,13 @@ def enable(root: str | os.PathLike = ROOT) -> Path | None:
     Returns:
         The folder in use; None if the cache is off, or if its folder cannot be written, which is only a warning.
     """
-    if not jax.config.jax_enable_compilation_cache:
+    path = location(root)
+    if path is None:
         return None
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
-    chosen = jax.config.jax_compilation_cache_dir
-    if chosen is not None or "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return Path(chosen) if chosen else None
-    path = folder(root)
+    if jax.config.jax_compilation_cache_dir:
+        return path
     try:
         # For its owner alone: whoever can write into it can make this process run anything.
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -45,6 +44,16 @@ def enable(root: str | os.PathLike = ROOT) -> Path | None:
         return None
     jax.config.update("jax_compilation_cache_dir", str(path))
     return path
+
+
+def location(root: str | os.PathLike = ROOT) -> Path | None:
+    """The folder that enable() would use, without making it; None if the user has turned the cache off."""
+    if not jax.config.jax_enable_compilation_cache:
+        return None
+    chosen = jax.config.jax_compilation_cache_dir
+    if chosen is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        return folder(root)
+    return Path(chosen) if chosen else None
 
 
 def folder(root: str | os.PathLike = ROOT) -> Path:

@@ -166,10 +166,10 @@ def explain_oom(
     asked, free = _first(_ASKED, text), _first(_FREE, text) or have.free
     rows = _rows(config, state_or_abstract, compiled_or_none)
     width = max(len(name) for name, *_ in rows)
-    table = [f"  {name:<{width}}  {_size(size):>10}{note}" for name, size, note in rows]
+    table = [f"  {name:<{width}}  {readable(size):>10}{note}" for name, size, note in rows]
     short = max(asked - (free or capacity), 0) if asked and (free or capacity) else None
     knobs = _knobs(config, state_or_abstract, have, short)
-    help_ = [f"  {i}. {label}: about {_size(gain)} less on each device" for i, (gain, label) in enumerate(knobs, 1)]
+    help_ = [f"  {i}. {label}: about {readable(gain)} less on each device" for i, (gain, label) in enumerate(knobs, 1)]
     lines = [_headline(have, asked, free), "On each device:", *table]
     lines += ["What would help most:", *help_] if help_ else ["Use more devices or a smaller model."]
     if short and help_ and sum(gain for gain, _ in knobs) < short:
@@ -186,7 +186,8 @@ def _first(patterns: tuple[str, ...], text: str) -> int | None:
     return None
 
 
-def _size(count: float) -> str:
+def readable(count: float) -> str:
+    """Formats bytes: 25.0 GiB, 3.1 MiB, 0.5 KiB."""
     scale, unit = next(((s, u) for s, u in ((GIB, "GiB"), (2**20, "MiB")) if count >= s), (2**10, "KiB"))
     return f"{count / scale:,.1f} {unit}"
 
@@ -194,17 +195,19 @@ def _size(count: float) -> str:
 def _headline(have: Available, asked: int | None, free: int | None) -> str:
     parts = [f"out of memory on a {have.platform.upper()} device"]
     if asked:
-        parts.append(f"{_size(asked)} were asked for at once")
+        parts.append(f"{readable(asked)} were asked for at once")
     if have.limit:
-        parts.append(f"{_size(free)} of {_size(have.limit)} were free" if free else f"it has {_size(have.limit)}")
+        parts.append(
+            f"{readable(free)} of {readable(have.limit)} were free" if free else f"it has {readable(have.limit)}"
+        )
     elif free:
-        parts.append(f"{_size(free)} were free")
+        parts.append(f"{readable(free)} were free")
     return f"{parts[0]}: {', '.join(parts[1:])}" if parts[1:] else parts[0]
 
 
 def _host_text(error: BaseException, config: Config) -> str:
     return (
-        f"the host, not the accelerator, ran out of memory ({str(error) or type(error).__name__}); it has {_size(host_limit())}. "
+        f"the host, not the accelerator, ran out of memory ({str(error) or type(error).__name__}); it has {readable(host_limit())}. "
         f"What would help: data.workers=1 (now {config.data.workers}), data.streaming=True (now {config.data.streaming}), "
         "fewer processes on this host"
     )
@@ -218,7 +221,7 @@ def _rows(config: Config, state, compiled) -> list[tuple[str, int, str]]:
         mine = {name: size for name, size in sizes.items() if name.startswith(prefix)}
         largest = sorted(mine, key=mine.get, reverse=True)[:3]
         named = ", ".join(
-            f"{'.'.join(name.removeprefix(prefix + '.').split('.')[-3:])} {_size(mine[name])}" for name in largest
+            f"{'.'.join(name.removeprefix(prefix + '.').split('.')[-3:])} {readable(mine[name])}" for name in largest
         )
         rows.append((title, sum(mine.values()), f"   {named}"))
     extra = activations(config) | {"gradients, float32": _gradients(config, state)}
