@@ -10,7 +10,7 @@ LAYERS = [
     {"models", "kernels", "losses", "optim", "data"},
     {"checkpoint", "metrics", "progress", "jsonl", "load", "generate", "convert"}
     | {"appending", "events", "writers", "timing", "profile", "memory", "compilation_cache"},
-    {"stages", "step", "trainer", "evals", "report", "panels"},
+    {"stages", "step", "trainer", "evals", "report", "panels", "time_panels"},
     {"cli"},
     {"env"},
 ]
