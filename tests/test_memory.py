@@ -188,7 +188,13 @@ def test_the_message_has_the_sizes_the_buffers_and_three_keys():
     params = sum(size for name, size in memory.state_bytes(like).items() if name.startswith("params"))
     assert re.search(rf"  parameters +{params / 2**20:.1f} MiB   \S*layers\.w_\w+ ", text)
     assert re.search(rf"  optimizer state +{2 * params / 2**20:.1f} MiB .*mu\.layers\.w_", text)
-    for words in ("gradients, float32", "kept for the backward pass, 4 layers, model.remat=none", "attention scores"):
+    assert re.search(rf"  gradients, float32 +{params / 2**20:.1f} MiB   estimated", text)
+    accumulated, *_, like_accumulated, _ = abstract(train__accumulation_steps=2)
+    text_accumulated = explain_oom(RUN_TIME, config=accumulated, state_or_abstract=like_accumulated)
+    assert re.search(rf"  gradients, float32 +{2 * params / 2**20:.1f} MiB   estimated", text_accumulated), (
+        "and their sum"
+    )
+    for words in ("kept for the backward pass, 4 layers, model.remat=none", "attention scores"):
         assert words in text
     temporaries = step.memory_analysis().temp_size_in_bytes / 2**20
     assert re.search(rf"all temporaries of the compiled step +{temporaries:.1f} MiB   from the compiler", text)
@@ -231,6 +237,7 @@ def test_proposals_follow_what_is_large_and_what_is_possible(monkeypatch):
     text, found = keys(axes=(("data", 2),), **small)
     assert "mesh.fsdp=2 (now 1), mesh.data=1 (now 2)" in text
     assert ("optim.moment_dtype",) not in keys(**small, optim__moment_dtype="bfloat16")[1]
+    assert ("optim.moment_dtype",) not in keys(**small, optim__b2=0.999)[1], "refused with bfloat16"
     # A large vocabulary and a whole row's logits.
     assert ("loss.head_chunk",) in keys(model__vocab_size=65536, loss__head_chunk=128, model__remat="full")[1]
     # A GPU whose memory jax takes by its default share.

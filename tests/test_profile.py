@@ -60,6 +60,8 @@ def test_just_these_steps_are_traced_and_once(tmp_path, monkeypatch, steps, trac
         if calls and calls[-1] == "start":
             running.append(k)
     said += [profiler.close(), profiler.close()]
+    if traced:
+        said.append(profiler.step(3))  # never again
     assert running == traced
     assert calls == (["start", "stop"] if traced else [])
     assert len([text for text in said if text]) == bool(traced)
