@@ -1,4 +1,4 @@
-"""Compiled programs are kept on disk, so that a restart does not compile again what this machine has compiled before."""
+"""Compiled programs are kept on disk, so that a restart does not compile again what was compiled before."""
 
 import hashlib
 import logging
@@ -18,8 +18,8 @@ MIN_SECONDS = 0.5  # what compiles faster is not worth a file; jax's own bound i
 def enable(root: str | os.PathLike = ROOT) -> Path | None:
     """Turns jax's persistent compilation cache on; call it before anything is compiled.
 
-    What the user has set stays: JAX_COMPILATION_CACHE_DIR chooses another folder, JAX_ENABLE_COMPILATION_CACHE=false turns
-    the cache off. It starts no backend, so that it may be called before jax.distributed is initialised.
+    What the user has set stays: JAX_COMPILATION_CACHE_DIR chooses another folder, JAX_ENABLE_COMPILATION_CACHE=false
+    turns the cache off. It starts no backend, so that it may be called before jax.distributed is initialised.
 
     Args:
         root: holds a folder for each version of jaxlib and kind of CPU.

@@ -9,7 +9,7 @@ from mixtral_jax.config import UserError
 
 
 def parse_profile(text: str) -> tuple[int, int] | None:
-    """Reads the steps to profile, "FIRST:STOP": steps count from 1, FIRST is the first of them and STOP is not one of them.
+    """Reads the steps to profile, "FIRST:STOP": steps count from 1, FIRST is the first of them, STOP is not one of them.
 
     "10:15" is the five steps 10 to 14. The first steps of a process compile and read ahead, so start later.
 
@@ -53,8 +53,8 @@ class Profiler:
 
         Args:
             k: the next step.
-            latest: arrays that the step before it returned; they are waited for where a trace starts or ends, so that it
-                holds its own steps whole and no other.
+            latest: arrays that the step before it returned; they are waited for where a trace starts or ends, so that
+                it holds its own steps whole and no other.
 
         Returns:
             When the trace has just ended, lines that say where it lies and how to open it.
@@ -74,7 +74,7 @@ class Profiler:
         return None
 
     def close(self) -> str | None:
-        """Ends a trace that still runs (the run was shorter, or failed); a second call does nothing. Returns as step()."""
+        """Ends a trace that still runs (a shorter run, or a failed one) and returns as step(); once is enough."""
         return self._end() if self._running else None
 
     def _end(self) -> str:
