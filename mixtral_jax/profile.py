@@ -9,7 +9,7 @@ from mixtral_jax.config import UserError
 
 
 def parse_profile(text: str) -> tuple[int, int] | None:
-    """Reads the steps to profile, "FIRST:STOP": steps count from 1, FIRST is the first of them, STOP is not one of them.
+    """Reads the steps to profile, "FIRST:STOP": steps count from 1, FIRST is the first, STOP the one after the last.
 
     "10:15" is the five steps 10 to 14. The first steps of a process compile and read ahead, so start later.
 
