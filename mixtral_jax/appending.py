@@ -1,4 +1,4 @@
-"""Files that a run appends to while it trains: whole records or nothing, also when the disk is full or the folder is gone."""
+"""Files that a run appends to: whole records or nothing, also when the disk is full or the folder is gone."""
 
 import collections
 import contextlib

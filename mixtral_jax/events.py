@@ -94,8 +94,8 @@ def _value(tag: str, value: float | str | Sequence[float]) -> Summary.Value:
 def drop_after(folder: Path, step: int) -> None:
     """Cuts the event files of a folder off before their first event of a later step; one that is left empty goes.
 
-    Steps only grow inside a file, so that what follows is later too. Half a record at the end, which would hide all that
-    is written after it, goes as well.
+    Steps only grow inside a file, so that what follows is later too. Half a record at the end, which a reader would
+    stumble over, goes as well.
 
     Raises:
         RunError: a file cannot be changed.

@@ -6,7 +6,7 @@ Every line has "kind", "step" and "time" (seconds since 1970); the rest depends 
     train    loss, token_loss (nats per token), balance_loss, router_z_loss, z_loss, gradient_norm, learning_rate,
              tokens, trained_tokens (those with a loss), tokens_per_second, mfu;
              data_wait_seconds, step_seconds, compile_seconds, checkpoint_seconds, eval_seconds, sample_seconds and
-             other_seconds: averages over the steps since the last line, whose sum is the wall time of a step (timing.py);
+             other_seconds: averages over the steps since the last line; their sum is a step's wall time (timing.py);
              goodput: share of the wall time since the first session that went into steps that count, 0..1;
              and per layer: load_LE (share of the assignments), entropy_L (nats), dropped_L (share), max_over_mean_L
     heldout  loss (nats per token), bits_per_byte

@@ -14,13 +14,13 @@ from typing import NamedTuple
 import jax
 from jax.sharding import NamedSharding
 
-from mixtral_jax.config import Config, UserError, resolve_mesh, validate
+from mixtral_jax.config import Config, RunError, UserError, resolve_mesh, validate
 from mixtral_jax.sharding import named_leaves
 
 GIB = 2**30
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
 _SIZE = r"([\d.]+)\s*([KMGTP]?)(?:i?B|\b)(?:ytes)?"
-# What XLA says on CPUs, GPUs and TPUs, when it compiles and when it runs; the first group of each is what was asked for.
+# What XLA says on CPUs, GPUs and TPUs, compiling and running; the first group of each is what was asked for.
 _ASKED = (
     rf"out of memory (?:while trying to allocate|allocating|trying to allocate) {_SIZE}",
     rf"ran out of memory in memory space hbm\. used {_SIZE} of",
@@ -46,6 +46,8 @@ class Available(NamedTuple):
 
 def is_oom(error: BaseException) -> bool:
     """Whether an error means that memory ran out, on a device or on the host, at compile time or at run time."""
+    if isinstance(error, UserError | RunError):
+        return False  # explained already
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     text = str(error)
@@ -53,7 +55,7 @@ def is_oom(error: BaseException) -> bool:
 
 
 def available(device: jax.Device | None = None) -> Available:
-    """What a device has: its allocator's limit on accelerators; on a CPU the machine's memory or the process's limit."""
+    """What a device has: its allocator's limit; on a CPU the machine's memory or the process's limit."""
     device = device or jax.local_devices()[0]
     stats = device.memory_stats()
     if stats and stats.get("bytes_limit"):
@@ -66,7 +68,7 @@ def available(device: jax.Device | None = None) -> Available:
 
 
 def host_limit() -> int:
-    """Bytes this process may use on the host: the smallest of the machine's memory, its container's and its own limit."""
+    """Bytes this process may use on the host: the least of the machine's memory, its container's and its own limit."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     own = resource.getrlimit(resource.RLIMIT_AS)[0]
     if own != resource.RLIM_INFINITY:
@@ -112,10 +114,11 @@ def activations(config: Config) -> dict[str, int]:
     model, mesh, train = config.model, config.mesh, config.train
     item = 2 if model.dtype == "bfloat16" else 4
     rows = train.batch_size // train.accumulation_steps // mesh.batch_shards
-    tokens, t = rows * train.seq_len, train.seq_len
+    t, mine = train.seq_len, train.seq_len // mesh.context
+    tokens = rows * mine
     stream = tokens * model.d_model * item
     heads = tokens * (2 * model.num_heads + 2 * model.num_kv_heads) // mesh.tensor * model.head_dim * item
-    scores = rows * model.num_heads // mesh.tensor * t * t * (4 + item)
+    scores = rows * model.num_heads // mesh.tensor * mine * t * (4 + item)
     routed = tokens * mesh.expert * model.experts_per_token * model.d_model * item
     experts = 3 * model.num_experts // mesh.expert * model.d_model * model.d_ff // mesh.tensor * item
     kept = {
@@ -126,11 +129,11 @@ def activations(config: Config) -> dict[str, int]:
     }[model.remat]
     return {
         f"kept for the backward pass, {model.num_layers} layers, model.remat={model.remat}": model.num_layers * kept,
-        f"attention scores of a layer, {rows} x {model.num_heads // mesh.tensor} heads x {t} x {t}": 2 * scores,
+        f"attention scores of a layer, {rows} x {model.num_heads // mesh.tensor} heads x {mine} x {t}": 2 * scores,
         "rows on their way to the experts of a layer": 4 * routed,
         "experts of a layer in the compute type, and their gradient": 2 * experts,
-        f"logits of {min(config.loss.head_chunk, t)} positions, and their gradient": 2
-        * (rows * min(config.loss.head_chunk, t) * model.vocab_size // mesh.tensor * 4),
+        f"logits of {min(config.loss.head_chunk, mine)} positions, and their gradient": 2
+        * (rows * min(config.loss.head_chunk, mine) * model.vocab_size // mesh.tensor * 4),
     }
 
 
@@ -166,10 +169,10 @@ def explain_oom(
     asked, free = _first(_ASKED, text), _first(_FREE, text) or have.free
     rows = _rows(config, state_or_abstract, compiled_or_none)
     width = max(len(name) for name, *_ in rows)
-    table = [f"  {name:<{width}}  {_size(size):>10}{note}" for name, size, note in rows]
+    table = [f"  {name:<{width}}  {readable(size):>10}{note}" for name, size, note in rows]
     short = max(asked - (free or capacity), 0) if asked and (free or capacity) else None
     knobs = _knobs(config, state_or_abstract, have, short)
-    help_ = [f"  {i}. {label}: about {_size(gain)} less on each device" for i, (gain, label) in enumerate(knobs, 1)]
+    help_ = [f"  {i}. {label}: about {readable(gain)} less on each device" for i, (gain, label) in enumerate(knobs, 1)]
     lines = [_headline(have, asked, free), "On each device:", *table]
     lines += ["What would help most:", *help_] if help_ else ["Use more devices or a smaller model."]
     if short and help_ and sum(gain for gain, _ in knobs) < short:
@@ -186,7 +189,8 @@ def _first(patterns: tuple[str, ...], text: str) -> int | None:
     return None
 
 
-def _size(count: float) -> str:
+def readable(count: float) -> str:
+    """Formats bytes: 25.0 GiB, 3.1 MiB, 0.5 KiB."""
     scale, unit = next(((s, u) for s, u in ((GIB, "GiB"), (2**20, "MiB")) if count >= s), (2**10, "KiB"))
     return f"{count / scale:,.1f} {unit}"
 
@@ -194,19 +198,21 @@ def _size(count: float) -> str:
 def _headline(have: Available, asked: int | None, free: int | None) -> str:
     parts = [f"out of memory on a {have.platform.upper()} device"]
     if asked:
-        parts.append(f"{_size(asked)} were asked for at once")
+        parts.append(f"{readable(asked)} were asked for at once")
     if have.limit:
-        parts.append(f"{_size(free)} of {_size(have.limit)} were free" if free else f"it has {_size(have.limit)}")
+        parts.append(
+            f"{readable(free)} of {readable(have.limit)} were free" if free else f"it has {readable(have.limit)}"
+        )
     elif free:
-        parts.append(f"{_size(free)} were free")
+        parts.append(f"{readable(free)} were free")
     return f"{parts[0]}: {', '.join(parts[1:])}" if parts[1:] else parts[0]
 
 
 def _host_text(error: BaseException, config: Config) -> str:
     return (
-        f"the host, not the accelerator, ran out of memory ({str(error) or type(error).__name__}); it has {_size(host_limit())}. "
-        f"What would help: data.workers=1 (now {config.data.workers}), data.streaming=True (now {config.data.streaming}), "
-        "fewer processes on this host"
+        f"the host, not the accelerator, ran out of memory ({str(error) or type(error).__name__}); "
+        f"it has {readable(host_limit())}. What would help: data.workers=1 (now {config.data.workers}), "
+        f"data.streaming=True (now {config.data.streaming}), fewer processes on this host"
     )
 
 
@@ -218,7 +224,7 @@ def _rows(config: Config, state, compiled) -> list[tuple[str, int, str]]:
         mine = {name: size for name, size in sizes.items() if name.startswith(prefix)}
         largest = sorted(mine, key=mine.get, reverse=True)[:3]
         named = ", ".join(
-            f"{'.'.join(name.removeprefix(prefix + '.').split('.')[-3:])} {_size(mine[name])}" for name in largest
+            f"{'.'.join(name.removeprefix(prefix + '.').split('.')[-3:])} {readable(mine[name])}" for name in largest
         )
         rows.append((title, sum(mine.values()), f"   {named}"))
     extra = activations(config) | {"gradients, float32": _gradients(config, state)}

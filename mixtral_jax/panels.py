@@ -40,7 +40,8 @@ def _tick(x: float) -> str:
     return f"{float(number):g}{text[len(number) :]}"
 
 
-def _step_axis(axes: Axes, steps: np.ndarray) -> None:
+def step_axis(axes: Axes, steps: np.ndarray) -> None:
+    """Makes the x axis count these steps."""
     axes.set_xlabel("step", color=MUTED, fontsize=10)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10], min_n_ticks=1))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tick(x) if abs(x) >= 1e4 else f"{x:g}"))
@@ -50,7 +51,8 @@ def _step_axis(axes: Axes, steps: np.ndarray) -> None:
         axes.set_xlim(first - pad, last + pad)
 
 
-def _empty(axes: Axes, text: str) -> None:
+def empty(axes: Axes, text: str) -> None:
+    """Says in a panel why it shows nothing."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=MUTED, fontsize=11)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -88,25 +90,32 @@ def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label:
         axes.plot(steps, values, color=color, linewidth=1.9, marker="o", markersize=3.5, label=label)
 
 
-def draw_loss(axes: Axes, train: Sequence[dict], heldout: Sequence[dict], final: dict | None) -> None:
+def draw_loss(
+    axes: Axes, train: Sequence[dict], heldout: Sequence[dict], final: dict | None, sessions: Sequence[dict] = ()
+) -> None:
     """Token loss of the training batches, raw and smoothed, with the held-out points, in nats per token.
 
     The right axis and the baselines, in bits per byte, hold for the held-out text: its loss in nats per token and its
-    bits per byte have one ratio, the bytes in a token.
+    bits per byte have one ratio, the bytes in a token. Thin upright lines are the steps the run was resumed from.
     """
     steps, loss = series(train, "token_loss")
     held_steps, held = series(heldout, "loss")
     if not loss.size and not held.size:
-        return _empty(axes, "no loss yet")
+        return empty(axes, "no loss yet")
+    for i, session in enumerate(sessions[1:]):
+        label = "restart" if i == 0 else None
+        axes.axvline(session["step"], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), label=label, zorder=1)
     _curve(axes, steps, loss, TRAIN, "training batches")
     if held.size:
         style = {"marker": "o", "markersize": 7, "markeredgecolor": "white", "linestyle": ":", "linewidth": 1}
         axes.plot(held_steps, held, color=HELDOUT, label="held-out text", **style)
-        _value(axes, held_steps[-1], held[-1], f"{held[-1]:.3f}")
+        _best(axes, held_steps, held)
+        mark(axes, held_steps[-1], held[-1], f"{held[-1]:.3f}")
     axes.set_ylabel("nats per token", color=MUTED, fontsize=10)
     axes.margins(y=0.08)
-    _step_axis(axes, np.concatenate([steps, held_steps]))
-    axes.legend(loc="upper right", **LEGEND)
+    step_axis(axes, np.concatenate([steps, held_steps]))
+    # Opaque: baselines may run behind it.
+    axes.legend(loc="upper right", **LEGEND | {"frameon": True, "edgecolor": "none", "framealpha": 0.95})
     scale = next((x["loss"] / x["bits_per_byte"] for x in heldout if x.get("loss") and x.get("bits_per_byte")), None)
     if scale is None:
         return
@@ -118,14 +127,23 @@ def draw_loss(axes: Axes, train: Sequence[dict], heldout: Sequence[dict], final:
         bits = (final or {}).get(f"{name}_bits_per_byte")
         if bits is not None and bits * scale < axes.get_ylim()[1]:
             axes.axhline(bits * scale, color=MUTED, linewidth=1.1, linestyle="--")
-            at = axes.get_yaxis_transform()
-            axes.annotate(name, (1, bits * scale), (-5, 3), at, "offset points", ha="right", color=MUTED)
+            at = axes.get_yaxis_transform()  # left of the legend
+            axes.annotate(name, (0.68, bits * scale), (0, 3), at, "offset points", ha="right", color=MUTED)
 
 
-def _value(axes: Axes, x: float, y: float, text: str) -> None:
-    """Writes a point's value above it."""
+def mark(axes: Axes, x: float, y: float, text: str) -> None:
+    """Writes a held-out point's value above it."""
     style = {"ha": "right", "color": HELDOUT, "fontsize": 10, "fontweight": "bold"}
     axes.annotate(text, (x, y), (-4, 11), textcoords="offset points", **style)
+
+
+def _best(axes: Axes, steps: np.ndarray, values: np.ndarray) -> None:
+    """A star at the lowest held-out point, the checkpoint to keep; nothing while there is one point only."""
+    if len(values) > 1:
+        at = int(values.argmin())
+        style = {"marker": "*", "markersize": 15, "markeredgecolor": "white", "linestyle": "none", "zorder": 4}
+        label = f"best: {values[at]:.3f} at step {steps[at]:,.0f}"
+        axes.plot(steps[at], values[at], color=HELDOUT, label=label, **style)
 
 
 def draw_bits(axes: Axes, heldout: Sequence[dict], final: dict | None) -> None:
@@ -133,11 +151,12 @@ def draw_bits(axes: Axes, heldout: Sequence[dict], final: dict | None) -> None:
     if final is None:
         steps, bits = series(heldout, "bits_per_byte")
         if not bits.size:
-            return _empty(axes, "not evaluated yet")
+            return empty(axes, "not evaluated yet")
         axes.plot(steps, bits, color=HELDOUT, marker="o", linewidth=1.6, label="so far (no final evaluation)")
-        _value(axes, steps[-1], bits[-1], f"{bits[-1]:.3f}")
+        _best(axes, steps, bits)
+        mark(axes, steps[-1], bits[-1], f"{bits[-1]:.3f}")
         axes.margins(y=0.15)
-        _step_axis(axes, steps)
+        step_axis(axes, steps)
         axes.legend(loc="upper right", **LEGEND)
         return
     bars = [
@@ -147,7 +166,7 @@ def draw_bits(axes: Axes, heldout: Sequence[dict], final: dict | None) -> None:
     ]
     bars = [bar for bar in bars if bar[1] is not None]
     if not bars:
-        return _empty(axes, "the final evaluation was not finite")
+        return empty(axes, "the final evaluation was not finite")
     names, values, colors = zip(*bars)
     axes.bar(names, values, color=colors, width=0.62)
     for i, value in enumerate(values):
@@ -164,7 +183,7 @@ def draw_schedule(axes: Axes, train: Sequence[dict]) -> None:
     steps, rate = series(train, "learning_rate")
     norm_steps, norm = series(train, "gradient_norm")
     if not rate.size and not norm.size:
-        return _empty(axes, "no steps yet")
+        return empty(axes, "no steps yet")
     axes.plot(steps, rate, color=RATE, linewidth=2, label="learning rate (left)")
     axes.set_ylim(0, max(rate, default=1) * 1.25 or 1)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: short_float(x)))
@@ -175,7 +194,7 @@ def draw_schedule(axes: Axes, train: Sequence[dict]) -> None:
     positive = norm > 0
     _curve(right, norm_steps[positive], norm[positive], NORM, "gradient norm (right)")
     _log_axis(right, norm[positive])
-    _step_axis(axes, steps)
+    step_axis(axes, steps)
     handles = [*axes.get_lines(), *(line for line in right.get_lines() if not line.get_label().startswith("_"))]
     axes.legend(handles, [line.get_label() for line in handles], loc="upper right", ncols=2, **LEGEND)
 
@@ -204,7 +223,7 @@ def draw_balance(axes: Axes, train: Sequence[dict]) -> None:
     steps, balance = series(train, "balance_loss")
     with_load = [line for line in train if line.get("max_over_mean_L") and None not in line["max_over_mean_L"]]
     if not balance.size and not with_load:
-        return _empty(axes, "no router statistics yet")
+        return empty(axes, "no router statistics yet")
     if with_load:
         load_steps = np.array([line["step"] for line in with_load])
         peak_SL = np.array([line["max_over_mean_L"] for line in with_load])
@@ -214,7 +233,7 @@ def draw_balance(axes: Axes, train: Sequence[dict]) -> None:
     axes.axhline(1.0, color=MUTED, linewidth=1, linestyle="--")
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, 0.95), high + 0.3 * (high - low))
-    _step_axis(axes, steps)
+    step_axis(axes, steps)
     axes.legend(loc="upper right", **LEGEND)
 
 
@@ -222,11 +241,11 @@ def draw_speed(axes: Axes, train: Sequence[dict]) -> None:
     """Tokens per second, with MFU said in the corner."""
     steps, speed = series(train, "tokens_per_second")
     if not speed.size:
-        return _empty(axes, "not measured yet")
+        return empty(axes, "not measured yet")
     _curve(axes, steps, speed, SPEED, "tokens per second")
     axes.set_ylim(0, speed.max() * 1.25)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: _tick(x)))
-    _step_axis(axes, steps)
+    step_axis(axes, steps)
     mfu = series(train, "mfu")[1]
     text = f"median {human(np.median(speed))} tok/s" + (f", MFU {np.median(mfu):.1%}" if mfu.size else "")
     axes.text(0.99, 0.97, text, transform=axes.transAxes, ha="right", va="top", color=INK, fontsize=10)
@@ -247,7 +266,7 @@ def draw_loads(axes: Axes, train: Sequence[dict]) -> None:
     """Heatmap: a row per (layer, expert), a column per step; white is the fair share 1/E, red more, blue less."""
     steps, load_SLE = loads(train)
     if not steps.size:
-        return _empty(axes, "no router statistics yet")
+        return empty(axes, "no router statistics yet")
     columns = np.array_split(np.arange(len(steps)), min(len(steps), HEATMAP_COLUMNS))
     load_CLE = np.stack([load_SLE[column].mean(0) for column in columns])
     centres = np.array([steps[column].mean() for column in columns])
@@ -265,7 +284,7 @@ def draw_loads(axes: Axes, train: Sequence[dict]) -> None:
     axes.set_yticks([(layer + 0.5) * e for layer in shown], [f"layer {layer}" for layer in shown])
     axes.tick_params(axis="y", length=0)
     axes.grid(False)
-    _step_axis(axes, steps)
+    step_axis(axes, steps)
     axes.set_xlim(edges[0], edges[-1])
     axes.set_ylim(layers * e, 0)  # layer 0 on top
     slim = {"pad": 0.008, "fraction": 0.02, "aspect": max(10, 2.2 * axes.figure.get_figheight())}

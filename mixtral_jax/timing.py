@@ -2,8 +2,8 @@
 
 The loop fetches the metrics of step k after it has dispatched step k+1, so the host waits for the device in that fetch.
 "step" is the dispatch and the fetch: the device's step time, as long as the host has nothing else to wait for.
-"data_wait" is the time in which no batch was there. Batches are read ahead, so it is near 0 unless reading is slower than
-the device; then the device still works on the step it has for a part of that time, and idles for the rest.
+"data_wait" is the time in which no batch was there. Batches are read ahead, so it is near 0 unless reading is slower
+than the device; then the device still works on the step it has for a part of that time, and idles for the rest.
 """
 
 import contextlib
@@ -98,6 +98,6 @@ class Goodput:
         self.productive_seconds += seconds
 
     def value(self, now: float) -> float:
-        """The goodput, 0..1, at the time `now` (seconds since 1970); a clock that was set back does not push it over 1."""
+        """The goodput, 0..1, at the time `now` (seconds since 1970); never over 1, also where a clock was set back."""
         elapsed = max(now - self._first_start, self.productive_seconds)
         return self.productive_seconds / elapsed if elapsed > 0 else 0.0

@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl (the truth), TensorBoard, and Weights & Biases where the configuration asks for it."""
+"""Where metrics go: metrics.jsonl (the truth), TensorBoard, and Weights & Biases if the configuration asks for it."""
 
 import importlib.util
 import json
@@ -87,9 +87,10 @@ def _last_step(path: Path) -> int:
 def tags(line: Mapping[str, Any]) -> dict[str, float | str | list[float]]:
     """Sorts the values of a line into sections, as viewers group by what stands before the slash.
 
-    `train/`, `heldout/`, `final/` hold a kind's scalars; of a train line seconds and goodput go to `time/`, what concerns
-    the router to `router/`. A list over layers (entropy_L) becomes a scalar of each layer, `router_entropy/layer_03`; a
-    table over layers and experts (load_LE) a histogram of each layer. Sessions and what is null are left out.
+    `train/`, `heldout/`, `final/` hold a kind's scalars; of a train line seconds and goodput go to `time/`, what
+    concerns the router to `router/`. A list over layers (entropy_L) becomes a scalar of each layer,
+    `router_entropy/layer_03`; a table over layers and experts (load_LE) a histogram of each layer. Sessions and what is
+    null are left out.
     """
     kind, found = line["kind"], {}
     if kind == "session":

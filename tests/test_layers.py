@@ -10,7 +10,7 @@ LAYERS = [
     {"models", "kernels", "losses", "optim", "data"},
     {"fingerprint", "checkpoint", "workdir", "metrics", "progress", "jsonl", "load", "generate", "convert"}
     | {"appending", "events", "writers", "timing", "profile", "memory", "compilation_cache", "interrupt"},
-    {"stages", "step", "resume", "run", "interlude", "trainer", "evals", "report", "panels"},
+    {"stages", "step", "resume", "run", "interlude", "trainer", "evals", "report", "panels", "time_panels"},
     {"cli"},
     {"env"},
 ]

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax import memory
-from mixtral_jax.config import RunError, UserError, from_config_dict, resolve_mesh
+from mixtral_jax.config import ModelConfig, RunError, UserError, from_config_dict, resolve_mesh
 from mixtral_jax.memory import GIB, Available, explain_oom
 from mixtral_jax.optim import make_optimizer
 from mixtral_jax.sharding import batch_sharding, replicated
@@ -73,8 +74,8 @@ TEXTS = {
     ),
     "tpu, compiler": (
         ValueError(
-            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 23.50G of "
-            "15.50G hbm. Exceeded hbm capacity by 8.00G."
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+            "Used 23.50G of 15.50G hbm. Exceeded hbm capacity by 8.00G."
         ),
         23.5 * GIB,
         None,
@@ -188,7 +189,13 @@ def test_the_message_has_the_sizes_the_buffers_and_three_keys():
     params = sum(size for name, size in memory.state_bytes(like).items() if name.startswith("params"))
     assert re.search(rf"  parameters +{params / 2**20:.1f} MiB   \S*layers\.w_\w+ ", text)
     assert re.search(rf"  optimizer state +{2 * params / 2**20:.1f} MiB .*mu\.layers\.w_", text)
-    for words in ("gradients, float32", "kept for the backward pass, 4 layers, model.remat=none", "attention scores"):
+    assert re.search(rf"  gradients, float32 +{params / 2**20:.1f} MiB   estimated", text)
+    accumulated, *_, like_accumulated, _ = abstract(train__accumulation_steps=2)
+    text_accumulated = explain_oom(RUN_TIME, config=accumulated, state_or_abstract=like_accumulated)
+    assert re.search(rf"  gradients, float32 +{2 * params / 2**20:.1f} MiB   estimated", text_accumulated), (
+        "and their sum"
+    )
+    for words in ("kept for the backward pass, 4 layers, model.remat=none", "attention scores"):
         assert words in text
     temporaries = step.memory_analysis().temp_size_in_bytes / 2**20
     assert re.search(rf"all temporaries of the compiled step +{temporaries:.1f} MiB   from the compiler", text)
@@ -231,6 +238,7 @@ def test_proposals_follow_what_is_large_and_what_is_possible(monkeypatch):
     text, found = keys(axes=(("data", 2),), **small)
     assert "mesh.fsdp=2 (now 1), mesh.data=1 (now 2)" in text
     assert ("optim.moment_dtype",) not in keys(**small, optim__moment_dtype="bfloat16")[1]
+    assert ("optim.moment_dtype",) not in keys(**small, optim__b2=0.999)[1], "refused with bfloat16"
     # A large vocabulary and a whole row's logits.
     assert ("loss.head_chunk",) in keys(model__vocab_size=65536, loss__head_chunk=128, model__remat="full")[1]
     # A GPU whose memory jax takes by its default share.
@@ -303,7 +311,17 @@ def test_a_train_step_that_really_runs_out_of_memory():
     assert any(line.startswith("  1. model.remat=") for line in rest), done.stdout
 
 
+def test_every_remat_policy_has_an_estimate():
+    """An explanation must not fail itself."""
+    config, *_ = abstract()
+    kept = []
+    for remat in typing.get_args(typing.get_type_hints(ModelConfig)["remat"]):
+        changed = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
+        kept.append(sum(memory.activations(changed).values()))
+    assert len(set(kept)) == len(kept)
+
+
 def test_errors_of_ours_are_not_taken_for_it():
     config, *_, like, _ = abstract()
-    for error in (UserError("out of range"), RunError("step 3: loss nan")):
+    for error in (UserError("x"), RunError("out of memory on a CPU device")):
         assert explain_oom(error, config=config, state_or_abstract=like) is None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from mixtral_jax import panels, report
+from mixtral_jax import panels, report, time_panels
 from mixtral_jax.jsonl import JsonlWriter
 from mixtral_jax.metrics import router_health
 
@@ -106,3 +106,110 @@ def test_smoothing_keeps_a_line_and_calms_noise(n):
     noise = np.random.default_rng(0).normal(size=n)
     assert len(panels._smooth(noise)) == n
     assert panels._smooth(noise).std() < 0.8
+
+
+# A run of 40 steps that crashed at step 26 and went on from step 20: jsonl.py keeps the lines of the steps that count.
+SESSIONS = [{"kind": "session", "step": 0, "time": 1000.0}, {"kind": "session", "step": 20, "time": 1600.0}]
+
+
+def timed(step):
+    """Half of the time is training, three quarters after step 20; an evaluation at step 30."""
+    time = 1000.0 + 10 * step + (500 if step > 20 else 0)
+    line = {"step": step, "time": time, "token_loss": 5 - step / 20, "goodput": step * 5 / (time - 1000)}
+    seconds = {"step_seconds": 5.0, "other_seconds": 5.0} if step <= 20 else {"step_seconds": 7.5, "eval_seconds": 2.5}
+    return line | seconds
+
+
+TIMED = [timed(step) for step in range(10, 50, 10)]
+
+
+def titled(figure):
+    return {axes.get_title(loc="left"): axes for axes in figure.axes}
+
+
+def test_the_breakdown_stacks_shares_over_steps():
+    axes = titled(report.draw(TIMED, [], None, "run", SESSIONS))["Where the time goes"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["step 62.5%", "eval 12.5%", "other 25.0%"]
+    bars = {name: container.patches for name, container in zip(("step", "eval", "other"), axes.containers, strict=True)}
+    assert [(bar.get_x(), bar.get_width()) for bar in bars["step"]] == [(0, 10), (10, 10), (20, 10), (30, 10)]
+    assert [bar.get_height() for bar in bars["step"]] == [0.5, 0.5, 0.75, 0.75]
+    assert [bar.get_height() for bar in bars["eval"]] == [0, 0, 0.25, 0.25]
+    tops = [bar.get_y() + bar.get_height() for bar in bars["other"]]
+    np.testing.assert_allclose(tops, 1.0)
+
+
+def test_averaging_weighs_lines_by_their_steps(monkeypatch):
+    """One bar for two lines: 1 step of pure evaluation and 9 steps of pure training."""
+    monkeypatch.setattr(time_panels, "COLUMNS", 1)
+    train = [{"step": 1, "eval_seconds": 2.0, "step_seconds": 0.0}, {"step": 10, "step_seconds": 2.0}]
+    axes = titled(report.draw(train, [], None, "run"))["Where the time goes"]
+    assert [container.patches[0].get_height() for container in axes.containers] == pytest.approx([0.9, 0.1])
+
+
+def test_goodput_runs_over_the_wall_time_with_its_restarts():
+    axes = titled(report.draw(TIMED, [], None, "run", SESSIONS))["Goodput"]
+    curve = next(line for line in axes.get_lines() if len(line.get_xdata()) == 4)
+    np.testing.assert_allclose(curve.get_xdata(), [100 / 60, 200 / 60, 800 / 60, 900 / 60])
+    np.testing.assert_allclose(curve.get_ydata(), [line["goodput"] for line in TIMED])
+    restart = next(line for line in axes.get_lines() if len(line.get_xdata()) == 2)
+    np.testing.assert_allclose(restart.get_xdata(), 10)
+    (gap,) = [patch for patch in axes.patches if patch.get_width() > 0]
+    assert (gap.get_x(), gap.get_x() + gap.get_width()) == pytest.approx((200 / 60, 10)), (
+        "from the last line to the start"
+    )
+    assert [text.get_text() for text in axes.texts] == ["22.2% went into steps that count, 1 restart"]
+
+
+def test_restarts_and_the_best_held_out_point_are_on_the_loss():
+    heldout = [{"step": step, "loss": loss} for step, loss in ((10, 4.5), (20, 3.5), (40, 4.0))]
+    figure = report.draw(TIMED, heldout, None, "run", SESSIONS)
+    lines = {line.get_label(): line for line in titled(figure)["Loss"].get_lines()}
+    assert set(lines["restart"].get_xdata()) == {20}
+    assert "best: 3.500 at step 20" in lines
+    assert "restart" not in [
+        line.get_label() for line in titled(report.draw(TIMED, heldout, None, "run", SESSIONS[:1]))["Loss"].get_lines()
+    ]
+    assert "1 restart" in "".join(text.get_text() for text in figure.texts)
+
+
+@pytest.mark.parametrize(
+    "train",
+    [[], [{"step": 1, "goodput": None, "step_seconds": 0.0}], [{"step": 1, "time": 1000.0, "goodput": 0.0}]],
+    ids=["nothing", "no time", "no seconds"],
+)
+def test_time_panels_cope_with_little(train, tmp_path):
+    report.draw(train, [], None, "run", SESSIONS[:1]).savefig(tmp_path / "r.png")
+
+
+def test_a_reader_never_sees_half_a_picture(tmp_path, monkeypatch):
+    write_run(tmp_path / "metrics.jsonl", 3)
+    out = report.write_report(tmp_path, tmp_path / "report.png", "run")
+    before = out.read_bytes()
+
+    def full(self, path, **_):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        assert out.read_bytes() == before, "the old picture stands while the new one is drawn"
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report.Figure, "savefig", full)
+    with pytest.raises(OSError, match="No space left"):
+        report.write_report(tmp_path, out, "run")
+    assert out.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "report.png"]
+    assert report.main([str(tmp_path)]) == 1
+
+
+def test_the_command_redraws_a_run_also_a_running_one(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 2
+    assert "metrics.jsonl does not exist" in capsys.readouterr().err
+    write_run(tmp_path / "metrics.jsonl", 3)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')  # the run is writing it
+    assert report.main([str(tmp_path)]) == 0
+    assert imread(tmp_path / "report.png").shape[1] == 1760
+    assert report.main([str(tmp_path), f"--out={tmp_path}/other.png"]) == 0
+    assert (tmp_path / "other.png").exists()
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train"\n{}\n')
+    assert report.main([str(tmp_path)]) == 2
+    assert "line 1" in capsys.readouterr().err

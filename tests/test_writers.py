@@ -50,7 +50,7 @@ def write_steps(writer, steps, scale=1.0):
 
 def test_every_place_gets_every_line(tmp_path):
     with MetricsWriter(tmp_path, CONFIG, None) as writer:
-        writer.write("session", 0, {})
+        writer.write("session", 0, {"devices": 8})
         writer.write("train", 1, TRAIN | {"z_loss": math.nan})
         writer.write("heldout", 2, {"loss": 3.0, "bits_per_byte": 1.5})
         writer.write("sample", 2, {"text": "# def f():\n\x1b[2J"})
@@ -182,6 +182,18 @@ def test_a_full_disk_stops_or_waits(tmp_path, monkeypatch, caplog):
     times = [line["time"] for line in read_jsonl(tmp_path / "go" / "metrics.jsonl")]
     assert times == sorted(times)
     assert [step for step, _ in shown(tmp_path / "go" / "tensorboard")[0]["train/loss"]] == [1, 2, 3, 4, 5]
+
+
+def test_events_are_read_up_to_the_first_that_is_not_whole(tmp_path):
+    """Wherever a crash cuts the last one."""
+    write_steps(MetricsWriter(tmp_path, CONFIG, None), [1, 2])
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    whole = path.read_bytes()
+    *_, (before, _), (end, _) = events.read_events(path)
+    assert end == len(whole)
+    for cut in range(before, end):
+        path.write_bytes(whole[:cut])
+        assert [event.step for _, event in events.read_events(path)] == [0, 0, 1], cut
 
 
 class FakeWandb(SimpleNamespace):
