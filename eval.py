@@ -22,8 +22,10 @@ def main() -> None:
     for name in ("checkpoint", "out"):
         if not flags.FLAGS[name].value:
             raise UserError(f"--{name} is missing; for example --checkpoint=runs/tiny --out=reports/tiny")
+    from mixtral_jax import compilation_cache
     from mixtral_jax.evals import run
 
+    compilation_cache.enable()
     run.evaluate(_CHECKPOINT.value, _STEP.value, _EVALS.value, _OUT.value)
 
 

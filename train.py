@@ -3,7 +3,8 @@
     python train.py --config=configs/tiny.py --workdir=runs/tiny
     python train.py --config=configs/mixtral_8x7b.py --workdir=runs/8x7b --config.optim.learning_rate=1e-4
 
-A workdir holds checkpoints/, config.json, tokenizer/, metrics.jsonl and report.png. The same command again resumes it.
+A workdir holds checkpoints/, config.json, tokenizer/, metrics.jsonl, tensorboard/ and report.png. The same command again
+resumes it; Ctrl-C and SIGTERM save first.
 """
 
 from absl import flags
@@ -13,6 +14,7 @@ from mixtral_jax.config import UserError
 
 _CONFIG = cli.define_config_flag()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: created, or resumed if it holds checkpoints.")
+_PROFILE = flags.DEFINE_string("profile", "", "FIRST:STOP: trace these steps into WORKDIR/profile, for example 10:15.")
 
 
 def main() -> None:
@@ -20,9 +22,14 @@ def main() -> None:
     config = cli.typed_config(_CONFIG.value)
     if not _WORKDIR.value:
         raise UserError("--workdir is missing; for example --workdir=runs/tiny")
-    from mixtral_jax import evals, trainer  # after the checks: a mistake is answered before jax has started
+    # After the checks: a mistake is answered before jax has started.
+    from mixtral_jax import compilation_cache, evals, trainer
+    from mixtral_jax.profile import parse_profile
 
-    trainer.fit(config, _WORKDIR.value, evals.Perplexity, evals.baselines)
+    profile = parse_profile(_PROFILE.value)
+
+    compilation_cache.enable()
+    trainer.fit(config, _WORKDIR.value, evals.Perplexity, evals.baselines, profile)
 
 
 if __name__ == "__main__":

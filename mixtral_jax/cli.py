@@ -1,12 +1,15 @@
 """The command line's manners: flags from absl, mistakes explained, exit status 0 done, 2 a mistake of the user's, 1 a fault."""
 
+import os
 import sys
+import threading
 from collections.abc import Callable
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mixtral_jax.config import Config, RunError, UserError, from_config_dict
+from mixtral_jax.interrupt import InterruptedRun
 from mixtral_jax.progress import messages
 
 
@@ -47,19 +50,33 @@ def run(main: Callable[[], None], usage: str) -> None:
     if any(arg in ("--help", "-help", "-h") for arg in sys.argv[1:]):
         print(usage.strip() + "\n\nFlags:\n" + flags.FLAGS.module_help(sys.modules["__main__"]))
         sys.exit(0)
+    status = _status(main)
+    if any(type(thread).__module__.startswith("orbax.") for thread in threading.enumerate()):
+        # Of a save that failed: they wait, for ten minutes, for folders that nobody will make any more.
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _status(main: Callable[[], None]) -> int:
     try:
         with messages():
             _parse()
             main()
+    except InterruptedRun as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.status)
+        return error.status
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    return 0
 
 
 def _parse() -> None:

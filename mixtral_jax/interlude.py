@@ -1,5 +1,6 @@
 """What happens between steps now and then: held-out loss, a sample of text, a checkpoint; and at the end, the verdict."""
 
+import contextlib
 import textwrap
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ from mixtral_jax.generate import sample
 from mixtral_jax.jsonl import read_jsonl
 from mixtral_jax.progress import printable
 from mixtral_jax.resume import identity
-from mixtral_jax.run import Run
+from mixtral_jax.run import Run, store
 
 
 def evaluate(run: Run, step: int) -> float:
@@ -58,9 +59,11 @@ def save(run: Run, step: int, data_state: dict, heldout_loss: float | None = Non
         "heldout_loss": heldout_loss,
         "productive_seconds": run.goodput.productive_seconds,
     }
-    watch_saves(
-        run, lambda: run.checkpoints.finish()
-    )  # the one before: its failure must not keep this one from starting
+    if not (run.workdir / "config.json").exists():
+        with contextlib.suppress(OSError):  # the folder vanished; if it cannot be made again, the save says so
+            run.workdir.mkdir(parents=True, exist_ok=True)
+            store(run.workdir, run.config, run.tokenizer)
+    watch_saves(run, run.checkpoints.finish)  # of the one before: its failure must not keep this one from starting
     watch_saves(run, lambda: run.checkpoints.save(step, run.state.params, run.state.opt_state, meta, data_state))
 
 

@@ -15,6 +15,7 @@ from mixtral_jax.data import prefetch
 from mixtral_jax.interrupt import Interrupt
 from mixtral_jax.memory import explain_oom, is_oom
 from mixtral_jax.optim import make_optimizer
+from mixtral_jax.profile import Profiler
 from mixtral_jax.run import Run, start
 from mixtral_jax.sharding import make_mesh, place
 from mixtral_jax.step import abstract_state
@@ -26,7 +27,13 @@ class NonFiniteError(RunError):
     """The loss or the gradient norm of a step was not finite; that step's update never happened."""
 
 
-def fit(config: Config, workdir: str | Path, make_heldout: Callable, baselines: Callable) -> dict[str, float]:
+def fit(
+    config: Config,
+    workdir: str | Path,
+    make_heldout: Callable,
+    baselines: Callable,
+    profile: tuple[int, int] | None = None,
+) -> dict[str, float]:
     """Trains to config.train.steps, resuming where the workdir left off.
 
     Args:
@@ -34,6 +41,7 @@ def fit(config: Config, workdir: str | Path, make_heldout: Callable, baselines: 
         workdir: gets checkpoints/, config.json, tokenizer/, metrics.jsonl, report.png.
         make_heldout: (config, held-out TokenFile) -> callable (params, limit) -> {"loss", "bits_per_byte", ...}.
         baselines: (config, corpus) -> scores to compare with at the end.
+        profile: trace the steps from the first to the one before the second, counted from 1.
 
     Returns:
         The final metrics: held-out loss and bits per byte, and the baselines'. Empty if the run was finished before.
@@ -53,7 +61,7 @@ def fit(config: Config, workdir: str | Path, make_heldout: Callable, baselines: 
             run = start(config, workdir, make_heldout)
         try:
             with jax.set_mesh(run.mesh), _memory_explained(config):
-                values = _train(run, interrupt)
+                values = _train(run, interrupt, Profiler(workdir, *(profile or (0, 0))))
                 final = {} if interlude.is_finished(run) else interlude.finish(run, baselines, values)
         except BaseException:
             with contextlib.suppress(SaveError):  # the first error is the one to tell
@@ -81,20 +89,24 @@ def _memory_explained(config: Config) -> Iterator[None]:
         raise RunError(explain_oom(error, config=config, state_or_abstract=like)) from error
 
 
-def _train(run: Run, interrupt: Interrupt) -> dict | None:
+def _train(run: Run, interrupt: Interrupt, profiler: Profiler) -> dict | None:
     """The loop. Metrics of a step are fetched after the next one is dispatched, so that the device never waits."""
     train = run.config.train
     first = int(jax.device_get(run.state.step))
-    pending = values = None
+    pending = values = on_device = None
     reader = prefetch(run.batches, first, train.steps, run.config.data.workers, state=run.data_state)
     for k, batch, data_state in _timed(reader, run.breakdown):
-        with run.breakdown.measure("compile" if k == first else "step"):
+        step = k + 1
+        _note(run, profiler.step(step, on_device))
+        with (
+            run.breakdown.measure("compile" if k == first else "step"),
+            jax.profiler.StepTraceAnnotation("train", step_num=step),
+        ):
             arrays = place(batch, run.mesh)
             with jax.transfer_guard("disallow"):
                 run.state, on_device = run.step_fn(run.state, arrays)
         if pending is not None:
             values = _log(run, *pending)
-        step = k + 1
         pending = (step, on_device, batch["documents"])
         interrupt.arm()
         with run.breakdown.measure("checkpoint"):
@@ -107,7 +119,13 @@ def _train(run: Run, interrupt: Interrupt) -> dict | None:
         if interrupt.number is not None:
             interlude.watch_saves(run, run.checkpoints.finish)
             raise interrupt.stopped(f"step {step} is saved in {run.checkpoints.folder}/{step}")
+    _note(run, profiler.close())
     return values
+
+
+def _note(run: Run, text: str | None) -> None:
+    if text:
+        run.progress.note(text)
 
 
 def _due(train: TrainConfig, step: int, stopping: bool) -> set[str]:
