@@ -12,7 +12,7 @@ import numpy as np
 from mixtral_jax import metrics, report
 from mixtral_jax.checkpoint import Checkpoints, store_run
 from mixtral_jax.config import Config, RunError, UserError, resolve_mesh
-from mixtral_jax.data import Corpus, build_cache, load_tokenizer, prefetch
+from mixtral_jax.data import Corpus, load_tokenizer, open_corpus, prefetch
 from mixtral_jax.generate import sample
 from mixtral_jax.jsonl import JsonlWriter, read_jsonl
 from mixtral_jax.models import mixtral
@@ -37,6 +37,7 @@ class Run:
     tokenizer: Any
     corpus: Corpus
     batches: Any
+    data_state: dict | None  # of streamed batches, after the last step's
     state: TrainState
     step_fn: Callable
     heldout: Callable  # (params, limit) -> {"loss", "bits_per_byte", ...}
@@ -66,7 +67,7 @@ def start(config: Config, workdir: Path, make_heldout: Callable) -> Run:
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids and model.vocab_size={config.model.vocab_size}; "
             f"raise model.vocab_size to at least {tokenizer.vocab_size}"
         )
-    corpus = build_cache(config.data, tokenizer)
+    corpus = open_corpus(config.data, tokenizer)
     mesh = make_mesh(config.mesh)
     stage = STAGES[config.train.stage]
     optimizer = make_optimizer(config.optim, config.train.steps)
@@ -98,7 +99,8 @@ def start(config: Config, workdir: Path, make_heldout: Callable) -> Run:
         mesh=mesh,
         tokenizer=tokenizer,
         corpus=corpus,
-        batches=stage.batches(config, corpus.train),
+        batches=stage.batches(config, corpus, tokenizer),
+        data_state=checkpoints.meta(step)["data"] if step is not None and config.data.streaming else None,
         state=state,
         step_fn=step_fn,
         heldout=make_heldout(config, corpus.heldout),
@@ -151,7 +153,7 @@ def _header(config, mesh, tokenizer, corpus, peak, peak_source) -> str:
         active_params=active,
         mesh_shape=dict(mesh.shape),
         tokenizer_name=tokenizer.name,
-        num_train_tokens=len(corpus.train.tokens),
+        num_train_tokens=0 if config.data.streaming else len(corpus.train.tokens),
         device_kind=jax.devices()[0].device_kind,
         num_devices=mesh.size,
         peak=peak,
@@ -202,7 +204,8 @@ def _train(run: Run) -> dict | None:
     train = run.config.train
     first = int(jax.device_get(run.state.step))
     pending = values = None
-    for k, batch in prefetch(run.batches, first, train.steps, run.config.data.workers):
+    ahead = prefetch(run.batches, first, train.steps, run.config.data.workers, state=run.data_state)
+    for k, batch, run.data_state in ahead:
         arrays = place(batch, run.mesh)
         with jax.transfer_guard("disallow"):
             run.state, on_device = run.step_fn(run.state, arrays)
@@ -272,7 +275,7 @@ def _interlude(run: Run, step: int, evaluate: bool, draw_sample: bool, save: boo
         shown = textwrap.indent(printable(prompt + text), "    | ", lambda line: True)
         run.progress.note(f"sample at step {step}:\n{shown}")
     if save or last:
-        meta = {"identity": _identity(run.config, run.tokenizer, run.corpus)}
+        meta = {"identity": _identity(run.config, run.tokenizer, run.corpus), "data": run.data_state}
         run.checkpoints.save(step, run.state.params, run.state.opt_state, meta)
 
 
