@@ -19,7 +19,7 @@ from typing import Protocol
 import sentencepiece
 
 from mixtral_jax.config import SourceConfig, UserError
-from mixtral_jax.data.cache import build_once
+from mixtral_jax.data.once import build_once
 from mixtral_jax.data.text import documents, fingerprint, is_heldout
 
 logger = logging.getLogger(__name__)
@@ -129,6 +129,10 @@ class SentencePieceTokenizer:
         self._symbol_ids = [self._processor.PieceToId(piece) for piece in symbol_bytes]
         has_bytes = all(self._processor.IsByte(i) for i in self._symbol_ids)
         self._escapes = has_bytes and not self._processor.EncodeAsPieces("a")[0].startswith(SPACE_SYMBOL)
+
+    def __reduce__(self):
+        # To other processes travel the model's bytes.
+        return type(self), (self._model, self.name)
 
     def encode(self, text: str) -> list[int]:
         text = _characters(text)
