@@ -65,7 +65,7 @@ def _build(arguments, config: Config | None) -> None:
             "data.streaming=True keeps no cache, so there is nothing to build; --validate reads the data once"
         )
     tokenizer = _load(data)
-    corpus = build_cache(data, tokenizer)
+    corpus = build_cache(data, tokenizer, verify=True)
     print(f"tokenizer {tokenizer.name}, vocabulary {tokenizer.vocab_size:,}, sha256 {tokenizer.fingerprint[:16]}")
     for source in corpus.sources:
         if len(corpus.sources) > 1:

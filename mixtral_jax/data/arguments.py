@@ -87,9 +87,15 @@ def _config(argv: list[str]) -> tuple[Config | None, list[str]]:
             return None, rest
         _ = holder.value.model  # what went wrong while the file was read is raised at the first look
     except Exception as error:  # a config file is a program: whatever it raises is about what the user asked for
-        text = str(error).strip()
-        raise UserError(f"--config: {text.splitlines()[-1] if text else type(error).__name__}") from error
+        raise UserError(f"--config: {_one_line(error)}") from error
     return from_config_dict(holder.value), rest
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    # config_flags puts the whole stack trace into its message; its last line is what a person needs.
+    words = (text.strip().splitlines()[-1] if "Traceback" in text else text).split()
+    return " ".join(words) or type(error).__name__
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from mixtral_jax.config import DataConfig, SourceConfig, UserError
+from mixtral_jax.data.bad_rows import BadRows
 from mixtral_jax.data.cache import Corpus, Source, TokenFile, build_cache
 from mixtral_jax.data.loader import Batches
 from mixtral_jax.data.mixture import Mixture, Schedule
 from mixtral_jax.data.once import build_once
 from mixtral_jax.data.packing import pack
-from mixtral_jax.data.rows import BadRows
 from mixtral_jax.data.sources import source_files
 from mixtral_jax.data.stream import StreamBadRows, read
 from mixtral_jax.data.text import Document, is_heldout

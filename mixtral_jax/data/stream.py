@@ -8,7 +8,8 @@ import contextlib
 from collections.abc import Iterator
 
 from mixtral_jax.config import RunError, SourceConfig
-from mixtral_jax.data.rows import BadRows, Unreadable, parts, text_of
+from mixtral_jax.data.bad_rows import BadRows, Unreadable, check_text, no_key
+from mixtral_jax.data.rows import parts
 from mixtral_jax.data.rows import read as read_part
 from mixtral_jax.data.sources import load_hub, source_files
 from mixtral_jax.data.text import Document
@@ -52,9 +53,7 @@ class StreamBadRows:
 
     def counter(self) -> BadRows:
         """Returns a counter of the rows of all sources."""
-        counter = BadRows(self._limit)
-        counter.count = sum(max(source.now, source.before) for source in self._of)
-        return counter
+        return BadRows(self._limit, sum(max(source.now, source.before) for source in self._of))
 
 
 class SourceBadRows:
@@ -104,7 +103,8 @@ def _hub_rows(source: SourceConfig, place: dict | None) -> Iterator:
         now = now | {"row": row}
         if row % STATE_ROWS == 0:
             now |= {"state_row": row, "state": dataset.state_dict()}
-        yield source.path, row, text_of(record, source.text_key), now
+        key = source.text_key
+        yield source.path, row, check_text(record[key], key) if key in record else no_key(record, key), now
 
 
 def _records(name: str, dataset, row: int) -> Iterator[tuple[int, dict]]:
