@@ -36,24 +36,24 @@ def fingerprint(
     # worse: it names a commit (which may change a README only) or, of a local folder, the times of its files.
     files = source_files(source) if files is None else files
     total = hashlib.sha256(f"{source.source}\0{source.text_key}\0".encode())
-    for (name, _), digest in zip(files, _digests([path for _, path in files], cache_dir)):
+    for (name, _), digest in zip(files, _digests(files, cache_dir)):
         total.update(name.encode(errors="surrogateescape") + b"\0" + digest)
     return total.hexdigest()
 
 
-def _digests(paths: list[Path], cache_dir: str | Path | None) -> list[bytes]:
+def _digests(files: list[tuple[str, Path]], cache_dir: str | Path | None) -> list[bytes]:
     """The SHA-256 of each file; those in the memo, whose size, time and inode are unchanged, are not read."""
     memo_path = None if cache_dir is None else Path(cache_dir).expanduser() / MEMO
     memo = {} if memo_path is None else _read_memo(memo_path)
     found, new, told = [], {}, False
-    for path in paths:
+    for name, path in files:
         try:
             key, before = str(path.absolute()), _identity(path)
             if key in memo and memo[key][:3] == before:
                 found.append(bytes.fromhex(memo[key][3]))
                 continue
             if before[0] > TOLD and not told:
-                logger.info("reading %s to see whether it has changed", path)
+                logger.info("reading %s to see whether it has changed", name)
                 told = True
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256")
@@ -62,7 +62,7 @@ def _digests(paths: list[Path], cache_dir: str | Path | None) -> list[bytes]:
                 new[key] = [*before, digest.hexdigest()]
             found.append(digest.digest())
         except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}); make it readable or leave it out") from error
+            raise UserError(f"{name} cannot be read ({error.strerror}); make it readable or leave it out") from error
     if new and memo_path is not None:
         _write_memo(memo_path, new)
     return found

@@ -58,7 +58,7 @@ def write_shard(path: Path, task: Sequence[Part], job: Job, encode: Callable, ti
         path: the folder to make.
         task: the parts.
         job: the rest that matters.
-        encode: texts -> ids of each, without BOS and EOS.
+        encode: texts -> an iterable of the ids of each, without BOS and EOS.
         tick: is called now and then with the bytes of text that were done since.
 
     Returns:

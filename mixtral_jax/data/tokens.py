@@ -87,7 +87,8 @@ class Ids(Sequence):
         """Args: (the shard's entry, its documents in the split) in order; the split; [n_documents] int64, 0: no row."""
         self._entries = [path for path, _ in shards]
         self._starts = list(accumulate((count for _, count in shards), initial=0))
-        self._split, self._rows = split, rows
+        self._rows = rows
+        self._names = functools.lru_cache(maxsize=64)(lambda entry: _names(entry, split))
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -97,7 +98,7 @@ class Ids(Sequence):
             return [self[i] for i in range(*key.indices(len(self)))]
         index = range(len(self))[key]
         shard = bisect_right(self._starts, index) - 1
-        names, starts = _names(self._entries[shard], self._split)
+        names, starts = self._names(self._entries[shard])
         name, row = names[bisect_right(starts, index - self._starts[shard]) - 1], int(self._rows[index])
         return f"{name}:{row}" if row else name
 
@@ -137,7 +138,6 @@ def map_array(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
     return np.asarray(np.memmap(path, dtype, "r", shape=(count,))) if count else np.empty(0, dtype)
 
 
-@functools.lru_cache(maxsize=64)
 def _names(entry: Path, split: str) -> tuple[list[str], list[int]]:
     """The names of the files in a shard and the number of the split's documents before each."""
     parts = json.loads(entry.read_bytes())["record"]["parts"]
