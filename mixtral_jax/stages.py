@@ -5,13 +5,13 @@ from typing import NamedTuple
 
 from mixtral_jax import losses
 from mixtral_jax.config import Config
-from mixtral_jax.data import Batches, Corpus, pack
+from mixtral_jax.data import Corpus, Mixture, StreamedBatches, open_batches
 
 
 class Stage(NamedTuple):
     """What distinguishes one stage from another.
 
-    batches(config, corpus, tokenizer) -> shuffled batches of the training split.
+    batches(config, corpus, tokenizer) -> batches of the corpus's training documents, indexed or streamed.
     loss(model, batch, totals, loss_config) -> (loss, (terms, stats_L)); see losses.pretrain_loss.
     """
 
@@ -19,11 +19,12 @@ class Stage(NamedTuple):
     loss: Callable
 
 
-def packed_text(config: Config, corpus: Corpus, tokenizer) -> Batches:
-    """Documents packed into rows of train.seq_len, shuffled by train.seed."""
-    train, tokens = config.train, corpus.train
-    plan = pack(tokens.lengths, train.seq_len)
-    return Batches(tokens, plan, batch_size=train.batch_size, seq_len=train.seq_len, seed=train.seed)
+def packed_text(config: Config, corpus: Corpus, tokenizer) -> Mixture | StreamedBatches:
+    """Documents packed into rows of train.seq_len, shuffled by train.seed, the sources mixed by their weights."""
+    train = config.train
+    return open_batches(
+        config.data, corpus, tokenizer, batch_size=train.batch_size, seq_len=train.seq_len, seed=train.seed
+    )
 
 
 STAGES = {"pretrain": Stage(packed_text, losses.pretrain_loss)}

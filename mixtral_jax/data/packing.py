@@ -26,9 +26,14 @@ class Plan:
         return len(self.row_offsets) - 1
 
     @property
+    def n_tokens(self) -> int:
+        """Trained tokens in one epoch: the positions that are not padding."""
+        return int(self.span_length.sum())
+
+    @property
     def waste(self) -> float:
         """The share of positions that is padding."""
-        return 1 - float(self.span_length.sum()) / max(1, self.n_rows * self.seq_len)
+        return 1 - self.n_tokens / max(1, self.n_rows * self.seq_len)
 
 
 def pack(lengths: np.ndarray, seq_len: int, *, one_per_row: bool = False) -> Plan:

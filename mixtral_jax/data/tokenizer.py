@@ -19,7 +19,7 @@ from typing import Protocol
 import sentencepiece
 
 from mixtral_jax.config import SourceConfig, UserError
-from mixtral_jax.data.cache import build_once
+from mixtral_jax.data.once import build_once
 from mixtral_jax.data.text import documents, fingerprint, is_heldout
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,9 @@ class Tokenizer(Protocol):
     bos_id: int
     eos_id: int
     fingerprint: str
+    fallback_ids: Sequence[
+        int
+    ]  # the unknown piece and those of single bytes: what is spelled for want of a better piece
 
     def encode(self, text: str) -> list[int]: ...
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]: ...
@@ -84,6 +87,7 @@ class ByteTokenizer:
 
     name, vocab_size, bos_id, eos_id = "bytes", 258, 256, 257
     fingerprint = hashlib.sha256(b"bytes: ids 0..255, bos 256, eos 257").hexdigest()
+    fallback_ids = ()
 
     def encode(self, text: str) -> list[int]:
         return list(_characters(text).encode())
@@ -119,6 +123,8 @@ class SentencePieceTokenizer:
         self.name, self.fingerprint = name, hashlib.sha256(model).hexdigest()
         self.vocab_size = self._processor.GetPieceSize()
         self.bos_id, self.eos_id = self._processor.bos_id(), self._processor.eos_id()
+        single_bytes = (i for i in range(self.vocab_size) if self._processor.IsByte(i))
+        self.fallback_ids = (self._processor.unk_id(), *single_bytes)
         if self.bos_id < 0 or self.eos_id < 0:
             raise UserError(
                 f"{name} has no BOS or no EOS piece; train it with bos_id and eos_id, as `python -m mixtral_jax.data tokenizer` does"
@@ -129,6 +135,10 @@ class SentencePieceTokenizer:
         self._symbol_ids = [self._processor.PieceToId(piece) for piece in symbol_bytes]
         has_bytes = all(self._processor.IsByte(i) for i in self._symbol_ids)
         self._escapes = has_bytes and not self._processor.EncodeAsPieces("a")[0].startswith(SPACE_SYMBOL)
+
+    def __reduce__(self):
+        # To other processes travel the model's bytes.
+        return type(self), (self._model, self.name)
 
     def encode(self, text: str) -> list[int]:
         text = _characters(text)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from mixtral_jax.config import Config
-from mixtral_jax.data import Corpus
+from mixtral_jax.data import Corpus, first_documents, load_tokenizer
 from mixtral_jax.evals import ngram
 from mixtral_jax.evals.perplexity import Perplexity
 
@@ -15,16 +15,23 @@ def perplexity(config: Config, corpus: Corpus, model) -> dict[str, float]:
 
 # Counting bigrams takes about 40 bytes of host memory a token: enough tokens for a strong baseline, and a bound.
 BASELINE_TOKENS = 50_000_000
+# Of a stream they must be read and tokenised for it: some seconds.
+STREAM_BASELINE_TOKENS = 5_000_000
 
 
 def baselines(config: Config, corpus: Corpus, model=None) -> dict[str, float]:
     """Unigram and bigram models in bits per byte on the held-out split; no model needed.
 
-    Counted on the training split, or on its first BASELINE_TOKENS tokens if it is longer (whole documents);
-    `baseline_tokens` says on how many.
+    Counted on the training split, or on its first BASELINE_TOKENS tokens if it is longer (whole documents); of streams
+    on the first STREAM_BASELINE_TOKENS, which are read again for it. `baseline_tokens` says on how many.
     """
     del model
-    train, heldout = corpus.train, corpus.heldout
+    heldout = corpus.heldout
+    if config.data.streaming:
+        tokenizer = load_tokenizer(config.data.tokenizer, config.data.cache_dir, config.data.heldout_fraction)
+        train = first_documents(config.data, tokenizer, STREAM_BASELINE_TOKENS)
+    else:
+        train = corpus.train
     documents = max(int(np.searchsorted(train.offsets, BASELINE_TOKENS, side="right")) - 1, 1)
     offsets = train.offsets[: documents + 1]
     counts = ngram.count(train.tokens[: offsets[-1]], offsets, config.model.vocab_size)

@@ -1,5 +1,6 @@
 """Runs evaluations on a stored checkpoint and writes their results."""
 
+import dataclasses
 import json
 import platform
 from importlib.metadata import version
@@ -8,7 +9,7 @@ from pathlib import Path
 import jax
 
 from mixtral_jax.config import UserError
-from mixtral_jax.data import build_cache, load_tokenizer
+from mixtral_jax.data import load_tokenizer, open_corpus
 from mixtral_jax.evals import EVALS
 from mixtral_jax.load import load, stored_corpus
 
@@ -31,8 +32,10 @@ def evaluate(workdir: str, step: int | None, names: list[str], out: str) -> dict
         raise UserError(f"--out={out} cannot be made a folder: {error}") from error
     config, model, mesh, step = load(workdir, step)
     key = stored_corpus(workdir, step)
-    tokenizer = load_tokenizer(str(Path(workdir) / "tokenizer"), config.data.cache_dir)
-    corpus = build_cache(config.data, tokenizer)
+    stored = str(Path(workdir) / "tokenizer")
+    tokenizer = load_tokenizer(stored, config.data.cache_dir)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=stored))
+    corpus = open_corpus(config.data, tokenizer)
     if key is not None and corpus.key != key:
         raise UserError(
             f"the text that {workdir} was trained on has changed (files, data.heldout_fraction or the Python version): "

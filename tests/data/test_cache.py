@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import mmap
 import multiprocessing
 import re
 import time
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from mixtral_jax.config import UserError
-from mixtral_jax.data import cache as cache_module
+from mixtral_jax.data import build as build_module
+from mixtral_jax.data import shards as shards_module
 from mixtral_jax.data.cache import build_cache, build_once
 from mixtral_jax.data.text import documents, is_heldout
 from mixtral_jax.data.tokenizer import load_tokenizer
@@ -30,15 +32,23 @@ def document_texts(split):
     return [BYTES.decode(split.tokens[a:b]) for a, b in zip(split.offsets, split.offsets[1:])]
 
 
+def is_mapped(array):
+    """Whether an array's memory is a file's."""
+    while array is not None and not isinstance(array, mmap.mmap):
+        array = getattr(array, "base", None)
+    return array is not None
+
+
 def test_content(corpus_data):
     corpus = build_cache(corpus_data, BYTES)
     by_id = {document.id: document.text for document in documents(corpus_data)}
-    assert sorted(corpus.train.ids + corpus.heldout.ids) == sorted(by_id)
+    assert sorted([*corpus.train.ids, *corpus.heldout.ids]) == sorted(by_id)
     for split in (corpus.train, corpus.heldout):
-        assert isinstance(split.tokens, np.memmap)
+        assert all(map(is_mapped, (split.tokens[:], split.offsets, split.bytes_)))
         assert (split.tokens.dtype, split.offsets.dtype, split.bytes_.dtype) == (np.uint16, np.int64, np.int64)
-        assert (split.tokens[split.offsets[:-1]] == BYTES.bos_id).all()
-        assert (split.tokens[split.offsets[1:] - 1] == BYTES.eos_id).all()
+        tokens = np.asarray(split.tokens)
+        assert (tokens[split.offsets[:-1]] == BYTES.bos_id).all()
+        assert (tokens[split.offsets[1:] - 1] == BYTES.eos_id).all()
         assert document_texts(split) == [by_id[id] for id in split.ids]
         assert split.bytes_.tolist() == [len(by_id[id].encode()) for id in split.ids]
         assert split.lengths.tolist() == (split.bytes_ + 2).tolist()
@@ -66,7 +76,7 @@ def test_large_vocabularies_take_int32(corpus_data):
 
 def test_batches_of_documents_do_not_matter(corpus_data, monkeypatch):
     whole = build_cache(corpus_data, BYTES)
-    monkeypatch.setattr(cache_module, "BATCH_CHARACTERS", 50)
+    monkeypatch.setattr(shards_module, "BATCH_CHARACTERS", 50)
     again = build_cache(dataclasses.replace(corpus_data, cache_dir=corpus_data.cache_dir + "2"), BYTES)
     assert again.train.tokens.tolist() == whole.train.tokens.tolist()
     assert again.key == whole.key
@@ -74,9 +84,9 @@ def test_batches_of_documents_do_not_matter(corpus_data, monkeypatch):
 
 @pytest.fixture
 def builds(monkeypatch):
-    """Counts how often a corpus is tokenised."""
-    calls, write = [], cache_module._write_corpus
-    monkeypatch.setattr(cache_module, "_write_corpus", lambda *args: calls.append(1) or write(*args))
+    """Counts how often a shard is tokenised; this corpus is one."""
+    calls, write = [], build_module.write_shard
+    monkeypatch.setattr(build_module, "write_shard", lambda *args: calls.append(1) or write(*args))
     return calls
 
 
@@ -90,40 +100,73 @@ def test_built_once_per_content_tokenizer_and_fraction(corpus_data, builds, tmp_
     assert len(builds) == len(keys) == 4
 
 
-@pytest.mark.parametrize("name", ["tokens.npy", "offsets.npy", "bytes.npy", "ids.json"])
-@pytest.mark.parametrize("damage", ["short", "empty", "missing"])
-def test_a_damaged_cache_is_rebuilt_with_a_message(corpus_data, builds, tmp_path, caplog, name, damage):
+SHARD_FILES = ["train.tokens", "train.documents", "heldout.tokens", "entry.json"]
+JOINED_FILES = ["train.offsets", "train.bytes", "heldout.rows", "cache.json"]
+
+
+@pytest.mark.parametrize("name", SHARD_FILES + JOINED_FILES)
+@pytest.mark.parametrize("damage", ["short", "empty", "missing", "flipped"])
+def test_a_damaged_cache_is_repaired_with_a_message(corpus_data, builds, tmp_path, caplog, name, damage):
     before = build_cache(corpus_data, BYTES)
-    expected = (before.train.tokens.tolist(), before.train.offsets.tolist(), before.train.ids)
-    (path,) = (tmp_path / "cache").glob(f"corpora/*/train/{name}")
+    expected = (before.train.tokens.tolist(), before.train.offsets.tolist(), list(before.train.ids))
+    (path,) = (tmp_path / "cache").rglob(name)
     content = path.read_bytes()
     path.unlink()
-    if damage != "missing":
+    if damage == "flipped":
+        path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    elif damage != "missing":
         path.write_bytes(content[: len(content) - 8] if damage == "short" else b"")
     with caplog.at_level(logging.WARNING):
-        after = build_cache(corpus_data, BYTES)
-    assert "damaged" in caplog.text
-    assert (after.train.tokens.tolist(), after.train.offsets.tolist(), after.train.ids) == expected
-    assert len(builds) == 2
+        after = build_cache(corpus_data, BYTES, verify=damage == "flipped")
+    assert path.read_bytes() == content
+    assert "damaged" in caplog.text or (name, damage) in {("cache.json", "missing")}
+    if name in SHARD_FILES or name in caplog.text:
+        assert str(path) in caplog.text
+    assert (after.train.tokens.tolist(), after.train.offsets.tolist(), list(after.train.ids)) == expected
+    assert len(builds) == (2 if name in SHARD_FILES else 1)
 
 
-def test_files_that_do_not_agree_are_rebuilt(corpus_data, builds, tmp_path):
+def test_a_flipped_byte_is_seen_on_verify_only_and_a_whole_cache_stays(corpus_data, builds, tmp_path, caplog):
     build_cache(corpus_data, BYTES)
-    (path,) = (tmp_path / "cache").glob("corpora/*/heldout/tokens.npy")
-    np.save(path, np.load(path)[:-1])  # whole by itself
-    build_cache(corpus_data, BYTES)
-    assert len(builds) == 2
+    (path,) = (tmp_path / "cache").rglob("train.tokens")
+    content = path.read_bytes()
+    build_cache(corpus_data, BYTES, verify=True)
+    assert len(builds) == 1
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    build_cache(corpus_data, BYTES)  # fast: sizes only
+    assert (len(builds), caplog.text) == (1, "")
+    build_cache(corpus_data, BYTES, verify=True)
+    assert (len(builds), path.read_bytes()) == (2, content)
+    assert "train.tokens has the SHA-256" in caplog.text
 
 
-def test_an_interrupted_build_leaves_nothing_behind(corpus_data, tmp_path, monkeypatch):
+def test_an_interrupted_build_leaves_no_half_shard(corpus_data, tmp_path):
     class Failing(type(BYTES)):
         def encode_many(self, texts):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         build_cache(corpus_data, Failing())
-    assert [path.suffix for path in (tmp_path / "cache" / "corpora").iterdir()] == [".lock"]
+    assert [path.name for path in (tmp_path / "cache" / "corpora").glob("*/*")] == ["shards"]
+    assert list((tmp_path / "cache" / "corpora").glob("*/shards/*")) == []
     build_cache(corpus_data, BYTES)
+
+
+def test_files_that_change_while_they_are_read_are_an_error(corpus_data, tmp_path):
+    class Slow(type(BYTES)):
+        def encode_many(self, texts):
+            (tmp_path / "corpus" / "00.txt").write_text("changed")
+            return super().encode_many(texts)
+
+    with pytest.raises(UserError, match="files changed while they were tokenised"):
+        build_cache(corpus_data, Slow())
+    corpus = build_cache(corpus_data, BYTES)
+    assert "changed" in document_texts(corpus.train) + document_texts(corpus.heldout)
+
+
+def test_a_stream_has_no_cache(corpus_data):
+    with pytest.raises(ValueError, match="streamed"):
+        build_cache(dataclasses.replace(corpus_data, streaming=True), BYTES)
 
 
 def _count_build(path, counter, barrier):

@@ -7,6 +7,7 @@ import pytest
 
 from mixtral_jax.data.cache import build_cache
 from mixtral_jax.data.packing import pack
+from mixtral_jax.data.windows import WINDOW_ROWS, epoch_size
 
 LENGTHS = {
     "mixed": np.random.default_rng(0).integers(0, 400, 300),
@@ -89,6 +90,9 @@ def test_waste_on_the_embedded_corpus(make_data, stdlib_tokenizer, shared_cache_
     )
     assert pack(corpus.train.lengths, 2048).waste < 0.02
     assert pack(corpus.train.lengths, 2048, one_per_row=True).waste > 0.1
+    rows, tokens = epoch_size(corpus.train.lengths, 2048)
+    assert rows > 2 * WINDOW_ROWS
+    assert 1 - tokens / (rows * 2048) < 0.01  # of a stream
 
 
 def test_a_million_documents_take_seconds():

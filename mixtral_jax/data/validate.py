@@ -1,0 +1,218 @@
+"""Reading all of the data once, without a cache: every bad row, counts, statistics of tokens, and what a run takes."""
+
+import contextlib
+import hashlib
+from array import array
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from tqdm import tqdm
+
+from mixtral_jax.config import Config, SourceConfig, UserError
+from mixtral_jax.data import stream
+from mixtral_jax.data.mixture import Schedule
+from mixtral_jax.data.packing import pack
+from mixtral_jax.data.rows import parts
+from mixtral_jax.data.sources import source_files
+from mixtral_jax.data.text import Document, documents, is_heldout
+from mixtral_jax.data.windows import epoch_size
+
+KEPT_BAD_ROWS = 100_000  # of more only the number is known
+CHUNK_CHARACTERS = 1_000_000  # text tokenised at a time
+PERCENTILES = {"p1": 1, "p50": 50, "p99": 99, "max": 100}
+
+
+def validate(config: Config, tokenizer, bar: bool = False) -> dict:
+    """Reads every document of data.sources and returns a report, made of what JSON knows.
+
+    Args:
+        config: data, and of train the steps, batch_size and seq_len; of model the vocab_size.
+        tokenizer: see tokenizer.py.
+        bar: show a progress bar.
+
+    Returns:
+        "problems": sentences, none if a run can start; "bad_rows": {"total", "allowed", "rows": [[where, reason]]};
+        "sources": name -> {"train", "heldout"} -> counts; "duplicates": documents whose text came before;
+        "vocabulary": {"size", "used", "fallback_share"}; "run": what train.steps take, None where they cannot run.
+
+    Raises:
+        UserError: there are no such files.
+    """
+    data, train = config.data, config.train
+    total = _text_bytes(data.sources, data.streaming)
+    bad_rows, seen, counts, problems = AllBadRows(), _Seen(tokenizer.vocab_size), {}, []
+    with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=not bar) as shown:
+        for source in data.sources:
+            found = counts[source.name] = {"train": _Split(), "heldout": _Split()}
+            try:
+                for document, ids in _tokenised(_documents(source, data.streaming, bad_rows), tokenizer):
+                    seen.add(document, ids)
+                    side = "heldout" if is_heldout(document.text, data.heldout_fraction) else "train"
+                    shown.update(found[side].add(document, ids))
+            except UserError as error:  # of a file that breaks off; the other sources are read all the same
+                problems.append(str(error))
+    problems += _problems(config, tokenizer, counts, bad_rows)
+    epochs = [_epoch(both, data.streaming, train.seq_len) for both in counts.values()]
+    return {
+        "problems": problems,
+        "bad_rows": bad_rows.report_of(data.max_bad_rows),
+        "sources": {name: {side: split.report() for side, split in both.items()} for name, both in counts.items()},
+        **seen.report(tokenizer),
+        "run": _run(config, epochs) if all(rows for rows, _ in epochs) else None,
+    }
+
+
+class AllBadRows:
+    """Collects the rows that cannot be read; none of them is an error."""
+
+    def __init__(self):
+        self.count, self._rows = 0, []
+
+    def add(self, name: str, number: int, reason: str) -> None:
+        """Notes a bad row; number 0 is a whole file."""
+        self.count += 1
+        if self.count <= KEPT_BAD_ROWS:
+            self._rows.append([f"{name}:{number}" if number else name, reason])
+
+    def report(self) -> None:
+        """Says nothing; validate does."""
+
+    def report_of(self, allowed: int) -> dict:
+        """Returns the rows, with how many of them a run allows."""
+        return {"total": self.count, "allowed": allowed, "rows": self._rows}
+
+
+class _Split:
+    """Counts of one split of one source."""
+
+    def __init__(self):
+        self._lengths, self.bytes_ = array("q"), 0
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array(self._lengths, np.int64)
+
+    def add(self, document: Document, ids: list[int]) -> int:
+        """Counts a document and returns its bytes."""
+        size = len(document.text.encode())
+        self._lengths.append(len(ids) + 2)  # BOS and EOS
+        self.bytes_ += size
+        return size
+
+    def report(self) -> dict:
+        lengths = self.lengths
+        tokens = int(lengths.sum())
+        # Of lengths that occur, so that the median of two documents is one of them.
+        at = np.percentile(lengths, list(PERCENTILES.values()), method="inverted_cdf") if len(lengths) else [0] * 4
+        return {
+            "documents": len(lengths),
+            "tokens": tokens,
+            "bytes": self.bytes_,
+            "bytes_per_token": self.bytes_ / tokens if tokens else None,
+            "document_tokens": dict(zip(PERCENTILES, map(int, at))),
+        }
+
+
+class _Seen:
+    """Which ids occur how often, and which texts occurred before."""
+
+    def __init__(self, vocab_size: int):
+        self._counts, self._texts = np.zeros(vocab_size, np.int64), array("Q")
+
+    def add(self, document: Document, ids: list[int]) -> None:
+        self._texts.append(int.from_bytes(hashlib.sha256(document.text.encode()).digest()[:8]))
+        np.add.at(self._counts, ids, 1)
+
+    def report(self, tokenizer) -> dict:
+        total, fallback = int(self._counts.sum()), list(tokenizer.fallback_ids)
+        used = int(np.count_nonzero(self._counts))
+        return {
+            "duplicates": len(self._texts) - len(np.unique(np.array(self._texts, np.uint64))),
+            "vocabulary": {
+                "size": len(self._counts),
+                "used": used,
+                "fallback_share": float(self._counts[fallback].sum()) / max(total, 1),
+            },
+        }
+
+
+def _documents(source: SourceConfig, streaming: bool, bad_rows: AllBadRows) -> Iterator[Document]:
+    if streaming:
+        yield from (document for document, _ in stream.read(source, None, bad_rows))
+    else:
+        yield from documents(source, bad_rows)
+
+
+def _tokenised(found: Iterable[Document], tokenizer) -> Iterator[tuple[Document, list[int]]]:
+    chunk, size = [], 0
+    for document in found:
+        chunk.append(document)
+        size += len(document.text)
+        if size >= CHUNK_CHARACTERS:
+            yield from zip(chunk, tokenizer.encode_many([document.text for document in chunk]))
+            chunk, size = [], 0
+    yield from zip(chunk, tokenizer.encode_many([document.text for document in chunk]))
+
+
+def _text_bytes(sources: Iterable[SourceConfig], streaming: bool) -> int | None:
+    """The text of all sources in bytes, about; None if nobody knows."""
+    if streaming and any(source.source == "hub" for source in sources):
+        return None
+    files = [(source, source_files(source)) for source in sources]
+    with contextlib.suppress(UserError):  # a file that is not of its format; reading it will say so
+        return sum(part.size for source, of_source in files for part in parts(source, of_source))
+    return None
+
+
+def _problems(config: Config, tokenizer, counts: dict, bad_rows: AllBadRows) -> Iterator[str]:
+    data = config.data
+    if bad_rows.count > data.max_bad_rows:
+        yield (
+            f"{bad_rows.count:,} rows cannot be read, and data.max_bad_rows={data.max_bad_rows} may be skipped; "
+            "mend them or raise it"
+        )
+    for name, both in counts.items():
+        if not len(both["train"].lengths):
+            yield f"{name} has no training document; add text, or lower data.heldout_fraction={data.heldout_fraction}"
+    if not any(len(both["heldout"].lengths) for both in counts.values()):
+        yield f"no document is held out; add text, or raise data.heldout_fraction={data.heldout_fraction}"
+    if tokenizer.vocab_size > config.model.vocab_size:
+        yield (
+            f"the tokenizer has {tokenizer.vocab_size:,} ids and model.vocab_size={config.model.vocab_size}; "
+            f"raise it to at least {tokenizer.vocab_size}"
+        )
+
+
+def _epoch(both: dict, streaming: bool, seq_len: int) -> tuple[int, int]:
+    """Returns (rows, tokens) of one epoch of a source."""
+    lengths = both["train"].lengths
+    if streaming:
+        return epoch_size(lengths, seq_len)
+    plan = pack(lengths, seq_len)
+    return plan.n_rows, plan.n_tokens
+
+
+def _run(config: Config, epochs: list[tuple[int, int]]) -> dict:
+    """What train.steps take from each source; every one has rows."""
+    data, train = config.data, config.train
+    rows = train.steps * train.batch_size
+    schedule = Schedule([source.name for source in data.sources], [source.weight for source in data.sources])
+    used = schedule.usage(rows, epochs)
+    tokens = sum(usage.tokens for usage in used)
+    return {
+        "steps": train.steps,
+        "batch_size": train.batch_size,
+        "seq_len": train.seq_len,
+        "positions": rows * train.seq_len,
+        "padding": 1 - tokens / (rows * train.seq_len),
+        "sources": {
+            usage.name: {
+                "rows": usage.rows,
+                "tokens": usage.tokens,
+                "epochs": usage.epochs,
+                "rows_per_epoch": n_rows,
+                "padding": 1 - n_tokens / (n_rows * train.seq_len),
+            }
+            for usage, (n_rows, n_tokens) in zip(used, epochs)
+        },
+    }
