@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from mixtral_jax.appending import AppendFile
-from mixtral_jax.config import RunError
+from mixtral_jax.config import RunError, UserError
 
 KEPT_KINDS = ("session",)  # what happened to the run and not to its steps: a resume does not undo it
 
@@ -45,7 +45,7 @@ class JsonlWriter:
             keep_going: see AppendFile.
 
         Raises:
-            ValueError: a line other than the last is not a JSON object.
+            UserError: a line other than the last is not a JSON object.
             RunError: the file cannot be written.
         """
         path = Path(path)
@@ -112,7 +112,7 @@ def first_start(path: str | os.PathLike) -> float | None:
     """When the run was first started, seconds since 1970: the time of the first session line; None if there is none.
 
     Raises:
-        ValueError: a line other than the last is not a JSON object.
+        UserError: a line other than the last is not a JSON object.
     """
     path = Path(path)
     lines = read_jsonl(path) if path.exists() else []
@@ -123,7 +123,7 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
     """Reads the lines of a metrics file in order; a torn last line, of a crash or of a run still writing, is left out.
 
     Raises:
-        ValueError: a line other than the last is not a JSON object.
+        UserError: a line other than the last is not a JSON object.
     """
     return [line for _, line in _read_lines(Path(path))[0]]
 
@@ -146,7 +146,7 @@ def _read_lines(path: Path) -> tuple[list[tuple[str, dict]], bool]:
                 raise ValueError("not an object")
         except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both of this kind
             if number < len(texts) + bool(tail):
-                raise ValueError(f"{path}, line {number}: not a JSON object ({error}); repair or remove it") from error
+                raise UserError(f"{path}, line {number}: not a JSON object ({error}); repair or remove it") from error
             return lines, False
         lines.append((text, line))
     return lines, clean
