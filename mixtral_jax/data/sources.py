@@ -99,6 +99,12 @@ def hub_files(path: str) -> list[tuple[str, Path]]:
     Raises:
         UserError: the data set cannot be reached or does not exist, or has no such subset or split.
     """
+    # In memory, as an environment variable can ask for, it would have no files.
+    return [(path, Path(file["filename"])) for file in load_hub(path, keep_in_memory=False).cache_files]
+
+
+def load_hub(path: str, **options):
+    """Calls `datasets.load_dataset` for a data set of the hub; path and errors as of hub_files."""
     name, subset, split = (path.split(":", 2) + ["", ""])[:3]
     split = split or "train"
     if not re.fullmatch(r"\w[\w.-]*", split):  # not train[:10%]: its rows would be a piece of a file
@@ -112,13 +118,9 @@ def hub_files(path: str) -> list[tuple[str, Path]]:
     from datasets import load_dataset  # takes a second; the other sources do without
 
     try:
-        # In memory, as an environment variable can ask for, it would have no files.
-        dataset = load_dataset(
-            str(folder) if folder.is_dir() else name, subset or None, split=split, keep_in_memory=False
-        )
+        return load_dataset(str(folder) if folder.is_dir() else name, subset or None, split=split, **options)
     except Exception as error:  # many libraries deep; the message tells what, and the type what to do
         raise UserError(f"data.path={path!r}: {_what_to_do(error)}") from error
-    return [(path, Path(file["filename"])) for file in dataset.cache_files]
 
 
 def _what_to_do(error: Exception) -> str:
