@@ -28,12 +28,12 @@ BATCH_CHARACTERS = 4_000_000  # text tokenised at a time
 
 @dataclass(frozen=True)
 class Job:
-    """What decides the content of the shards besides the text's parts."""
+    """What decides the content of the shards besides the text's parts; the limit only decides whether there is any."""
 
     tokenizer: object
     text_key: str
     heldout_fraction: float
-    max_bad_rows: int
+    max_bad_rows: int  # that this source may still have
 
     @property
     def dtype(self) -> np.dtype:

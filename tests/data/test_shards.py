@@ -422,6 +422,21 @@ def test_bad_rows_are_skipped_up_to_the_limit(bad_data, cut, size, caplog):
     assert build_cache(all_, BYTES).key == corpus.key
 
 
+def test_the_limit_is_that_of_all_sources_together(make_data, tmp_path, caplog):
+    sources = []
+    for name in "ab":
+        lines = ["{", "[]"] + [json.dumps({"text": f"{name} {i}"}) for i in range(20)]
+        (tmp_path / "corpus" / f"{name}.jsonl").write_text("\n".join(lines))
+        sources.append(SourceConfig("jsonl", f"{tmp_path}/corpus/{name}.jsonl", "text", name, 1.0))
+    data = make_data(path="", mixture=tuple(sources), max_bad_rows=3)
+    for _ in range(2):  # the first source is built and then only opened
+        with pytest.raises(UserError, match=r"b\.jsonl:2: a JSON list.*; 3 bad rows were skipped before it"):
+            build_cache(data, BYTES)
+    build_cache(dataclasses.replace(data, max_bad_rows=4), BYTES)
+    with pytest.raises(UserError, match=r"b\.jsonl:2: a JSON list.*; 3 bad rows were skipped before it"):
+        build_cache(data, BYTES)
+
+
 def test_many_bad_rows_are_counted(make_data, tmp_path, caplog):
     lines = ["{"] * 30 + [json.dumps({"text": f"text {i}"}) for i in range(20)]
     (tmp_path / "corpus" / "a.jsonl").write_text("\n".join(lines))
