@@ -183,8 +183,8 @@ def _run_worker(path: Path, task: Task) -> list:
         with counter.get_lock():
             counter.value += size
 
-    # One text after another, not encode_many: all cores have a process, and few ids are in memory.
-    return write_shard(path, task, job, lambda texts: map(job.tokenizer.encode, texts), tick)
+    # One text after another, not encode_many: all cores have a process.
+    return write_shard(path, task, job, lambda texts: map(job.tokenizer.encode_array, texts), tick)
 
 
 class _Shown(contextlib.AbstractContextManager):

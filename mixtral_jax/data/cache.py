@@ -92,21 +92,23 @@ def build_cache(data: DataConfig, tokenizer, progress: bool = True, verify: bool
     """
     if data.streaming:
         raise ValueError("the corpus is streamed")
-    opened = [_open_or_build(data, source, tokenizer, progress, verify) for source in data.sources]
+    skipped = BadRows(data.max_bad_rows)
+    opened = [_open_or_build(data, source, tokenizer, skipped, progress, verify) for source in data.sources]
     _require_both(data, [each.index for each in opened])
     pairs = list(zip(data.sources, opened))
     key = hashlib.sha256(repr([(source.name, each.key) for source, each in pairs]).encode()).hexdigest()[:32]
     return Corpus(tuple(Source(source.name, source.weight, each.train, each.heldout) for source, each in pairs), key)
 
 
-def _open_or_build(data: DataConfig, source: SourceConfig, tokenizer, progress: bool, verify: bool) -> _Opened:
+def _open_or_build(
+    data: DataConfig, source: SourceConfig, tokenizer, skipped: BadRows, progress: bool, verify: bool
+) -> _Opened:
+    """Opens a source's cache, built first if need be, and adds its bad rows to those of the sources before it."""
     files = source_files(source)
     content = fingerprint(source, files, data.cache_dir)
-    key = hashlib.sha256(repr((FORMAT, content, tokenizer.fingerprint, data.heldout_fraction)).encode()).hexdigest()[
-        :32
-    ]
+    parts_of_key = (FORMAT, content, tokenizer.fingerprint, data.heldout_fraction)
+    key = hashlib.sha256(repr(parts_of_key).encode()).hexdigest()[:32]
     folder = Path(data.cache_dir).expanduser() / "corpora" / key
-    job = Job(tokenizer, source.text_key, data.heldout_fraction, data.max_bad_rows)
     try:
         opened = _Opened(key, *open_index(folder, verify))
     except DAMAGE:
@@ -116,20 +118,29 @@ def _open_or_build(data: DataConfig, source: SourceConfig, tokenizer, progress: 
             except DAMAGE as error:
                 if (folder / INDEX).exists():
                     logger.warning("%s is damaged: %s", folder, error)
-                _build(folder, source, files, job, progress, verify)
+                job = Job(tokenizer, source.text_key, data.heldout_fraction, skipped.limit - skipped.count)
+                _build(folder, source, files, job, skipped, progress, verify)
                 if fingerprint(source, files, data.cache_dir) != content:
                     shutil.rmtree(folder)
                     raise UserError(f"{source.name}: files changed while they were tokenised; run it again") from None
                 opened = _Opened(key, *open_index(folder, verify=False))
-                _skip(folder, opened.index, data.max_bad_rows)
-    if opened.index["bad"] > data.max_bad_rows:
-        _skip(folder, opened.index, data.max_bad_rows)
+                _skip(folder, opened.index, skipped)
+                return _with_text(opened, source)
+    if skipped.count + opened.index["bad"] > skipped.limit:
+        _skip(folder, opened.index, skipped)
+    skipped.count += opened.index["bad"]
+    return _with_text(opened, source)
+
+
+def _with_text(opened: _Opened, source: SourceConfig) -> _Opened:
     if not opened.index["positions"]:
         raise nothing_to_read(source)
     return opened
 
 
-def _build(folder: Path, source: SourceConfig, files: list, job: Job, progress: bool, verify: bool) -> None:
+def _build(
+    folder: Path, source: SourceConfig, files: list, job: Job, skipped: BadRows, progress: bool, verify: bool
+) -> None:
     """Makes the shards that are missing and puts the cache together; needs the lock."""
     start = time.perf_counter()
     if progress:
@@ -141,7 +152,7 @@ def _build(folder: Path, source: SourceConfig, files: list, job: Job, progress: 
         index = put_together(folder, len(tasks), job.dtype)
     except TooManyBadRows as error:
         part, number, reason = error.args
-        BadRows(job.max_bad_rows, job.max_bad_rows).add(part.name, number and number + rows_before(part), reason)
+        BadRows(skipped.limit, skipped.limit).add(part.name, number and number + rows_before(part), reason)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -160,16 +171,16 @@ def _total(index: dict, split: str, what: str) -> int:
     return sum(shard[split][what] for shard in index["shards"])
 
 
-def _skip(folder: Path, index: dict, limit: int) -> None:
+def _skip(folder: Path, index: dict, skipped: BadRows) -> None:
     """Logs the bad rows that the cache leaves out.
 
     Raises:
-        UserError: they are more than the limit.
+        UserError: with those before they are more than the limit.
     """
-    skipped = BadRows(limit)
     for name, row, reason in bad_rows(folder, len(index["shards"])):
         skipped.add(name, row, reason)
-    skipped.report()
+    if index["bad"]:
+        skipped.report()
 
 
 def _no_room(folder: Path, tasks: list[Task], job: Job) -> UserError:

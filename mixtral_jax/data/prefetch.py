@@ -9,6 +9,7 @@ from mixtral_jax.data.loader import Batches
 from mixtral_jax.data.mixture import Mixture
 from mixtral_jax.data.windows import WINDOW_ROWS, StreamedBatches
 
+WINDOWS_AHEAD = 4  # 40 MB each at 4,096 positions
 CLOSE_SECONDS = 10  # how long closing waits for a thread that is waiting for a disk or a network
 
 
@@ -57,8 +58,10 @@ def _indexed(batches, first, last, workers, start, stop) -> Iterator[tuple[int, 
 
 
 def _streamed(batches: StreamedBatches, first, last, start, stop, state) -> Iterator[tuple[int, Batch, dict]]:
-    # A window is tokenised in one go. Meanwhile the device lives on the batches that wait: a window's worth per source.
-    depth = -(-WINDOW_ROWS * len(batches.schedule.names) // batches.batch_size) + 2
+    # A window is tokenised in one go. Meanwhile the device lives on the batches that wait: a window's rows per source,
+    # whose windows may all end together.
+    rows = WINDOW_ROWS * min(len(batches.schedule.names), WINDOWS_AHEAD)
+    depth = -(-rows // batches.batch_size) + 2
     ready, closed = queue.Queue(maxsize=depth), threading.Event()
 
     def work():

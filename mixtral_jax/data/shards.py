@@ -28,12 +28,12 @@ BATCH_CHARACTERS = 4_000_000  # text tokenised at a time
 
 @dataclass(frozen=True)
 class Job:
-    """What decides the content of the shards besides the text's parts."""
+    """What decides the content of the shards besides the text's parts; the limit only decides whether there is any."""
 
     tokenizer: object
     text_key: str
     heldout_fraction: float
-    max_bad_rows: int
+    max_bad_rows: int  # that this source may still have
 
     @property
     def dtype(self) -> np.dtype:
@@ -72,8 +72,8 @@ def write_shard(path: Path, task: Sequence[Part], job: Job, encode: Callable, ti
     left = sum(part.size for part in task)
     with (
         aside(path) as folder,
-        _SplitWriter(folder, "train", job.dtype) as train,
-        _SplitWriter(folder, "heldout", job.dtype) as heldout,
+        _SplitWriter(folder, "train", job) as train,
+        _SplitWriter(folder, "heldout", job) as heldout,
     ):
         splits = (train, heldout)
         for part in task:
@@ -165,9 +165,10 @@ def hash_file(path: Path) -> str:
 class _SplitWriter:
     """Appends documents to the files of a split."""
 
-    def __init__(self, folder: Path, name: str, dtype: np.dtype):
+    def __init__(self, folder: Path, name: str, job: Job):
         self.name, self.lengths = name, []
-        self._folder, self._dtype = folder, dtype
+        self._folder, self._dtype = folder, job.dtype
+        self._bos_id, self._eos_id = job.tokenizer.bos_id, job.tokenizer.eos_id
         self._bytes, self._rows = [], []
         self._hash = hashlib.sha256()
         self._file = open(folder / f"{name}.tokens", "wb")  # noqa: SIM115, closed by the context
@@ -178,11 +179,12 @@ class _SplitWriter:
     def __exit__(self, *exception) -> None:
         self._file.close()
 
-    def append(self, ids: list[int], size: int, row: int) -> None:
-        raw = np.array(ids, self._dtype).tobytes()
-        self._file.write(raw)
-        self._hash.update(raw)
-        self.lengths.append(len(ids))
+    def append(self, ids: Sequence[int] | np.ndarray, size: int, row: int) -> None:
+        document = np.empty(len(ids) + 2, self._dtype)
+        document[0], document[1:-1], document[-1] = self._bos_id, ids, self._eos_id
+        self._file.write(document)
+        self._hash.update(document)
+        self.lengths.append(len(document))
         self._bytes.append(size)
         self._rows.append(row)
 
@@ -206,7 +208,7 @@ def _append(batch: list, splits: Sequence[_SplitWriter], job: Job, encode: Calla
         raw = text.encode()
         positions.append(hash_position(raw))
         split = splits[positions[-1] < job.heldout_fraction]
-        split.append([job.tokenizer.bos_id, *ids, job.tokenizer.eos_id], len(raw), row)
+        split.append(ids, len(raw), row)
         done += len(raw)
     return positions, done
 

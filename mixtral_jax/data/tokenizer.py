@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import sentencepiece
 
 from mixtral_jax.config import SourceConfig, UserError
@@ -43,6 +44,7 @@ class Tokenizer(Protocol):
     ]  # the unknown piece and those of single bytes: what is spelled for want of a better piece
 
     def encode(self, text: str) -> list[int]: ...
+    def encode_array(self, text: str) -> np.ndarray: ...
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]: ...
     def decode(self, ids: Iterable[int]) -> str: ...
     def continuation(self, context_ids: Sequence[int], new_ids: Sequence[int]) -> str: ...
@@ -91,6 +93,10 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return list(_characters(text).encode())
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """As encode, without an object for each id: integers [n]."""
+        return np.frombuffer(_characters(text).encode(), np.uint8)
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
@@ -146,6 +152,12 @@ class SentencePieceTokenizer:
             return self._processor.encode(text)
         first, *others = (self._processor.encode(part) for part in text.split(SPACE_SYMBOL))
         return first + [i for part in others for i in self._symbol_ids + part]
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """As encode, without an object for each id: int32 [n]."""
+        if self._escapes and SPACE_SYMBOL in text:
+            return np.array(self.encode(text), np.int32)
+        return self._processor.encode(_characters(text), return_type="numpy")
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns each text's ids, the texts spread over all cores."""

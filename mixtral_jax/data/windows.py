@@ -21,7 +21,7 @@ from mixtral_jax.data.text import Document, is_heldout
 
 # More rows pack tighter, shuffle better, and take longer to read again at a resume: 2 million tokens at 4,096.
 WINDOW_ROWS = 512
-CHUNK_CHARACTERS = 1_000_000  # text tokenised at a time
+CHUNK_CHARACTERS = 2_000_000  # text tokenised at a time
 BEGINNING = {"epoch": 0, "window": 0, "taken": 0, "place": None, "bad": 0, "bad_before": 0}
 
 

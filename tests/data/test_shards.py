@@ -29,16 +29,16 @@ ROOT = Path(__file__).parents[2]
 
 
 class Dying(ByteTokenizer):
-    """Killed as if it had taken all the memory; only in a worker, because only workers encode one by one."""
+    """Killed as if it had taken all the memory; only in a worker, because only workers encode into arrays."""
 
-    def encode(self, text):
+    def encode_array(self, text):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Refusing(ByteTokenizer):
     """Fails in a worker."""
 
-    def encode(self, text):
+    def encode_array(self, text):
         raise UserError("no such text, please")
 
 
@@ -171,7 +171,8 @@ def test_tokenizers_travel_to_other_processes(stdlib_tokenizer):
     for tokenizer in (BYTES, stdlib_tokenizer):
         copy = pickle.loads(pickle.dumps(tokenizer))
         assert (copy.name, copy.fingerprint) == (tokenizer.name, tokenizer.fingerprint)
-        assert copy.encode("  a \u2581 text") == tokenizer.encode("  a \u2581 text")
+        for text in ("  a \u2581 text", "\ud800 no character", "", "plain é text"):
+            assert copy.encode(text) == tokenizer.encode(text) == tokenizer.encode_array(text).tolist()
 
 
 KILLED = """
@@ -182,9 +183,9 @@ from mixtral_jax.data.cache import build_cache
 from mixtral_jax.data.tokenizer import ByteTokenizer
 
 class Slow(ByteTokenizer):
-    def encode(self, text):
+    def encode_array(self, text):
         time.sleep(0.02)
-        return super().encode(text)
+        return super().encode_array(text)
 
 if __name__ == "__main__":
     build.SMALLEST_TASK, build.PARALLEL_BYTES, build.cpus = 4000, 1, lambda: 2
@@ -419,6 +420,21 @@ def test_bad_rows_are_skipped_up_to_the_limit(bad_data, cut, size, caplog):
     with pytest.raises(UserError, match=r"2\.jsonl:\d+: .*4 bad rows were skipped before it"):
         build_cache(some, BYTES)
     assert build_cache(all_, BYTES).key == corpus.key
+
+
+def test_the_limit_is_that_of_all_sources_together(make_data, tmp_path, caplog):
+    sources = []
+    for name in "ab":
+        lines = ["{", "[]"] + [json.dumps({"text": f"{name} {i}"}) for i in range(20)]
+        (tmp_path / "corpus" / f"{name}.jsonl").write_text("\n".join(lines))
+        sources.append(SourceConfig("jsonl", f"{tmp_path}/corpus/{name}.jsonl", "text", name, 1.0))
+    data = make_data(path="", mixture=tuple(sources), max_bad_rows=3)
+    for _ in range(2):  # the first source is built and then only opened
+        with pytest.raises(UserError, match=r"b\.jsonl:2: a JSON list.*; 3 bad rows were skipped before it"):
+            build_cache(data, BYTES)
+    build_cache(dataclasses.replace(data, max_bad_rows=4), BYTES)
+    with pytest.raises(UserError, match=r"b\.jsonl:2: a JSON list.*; 3 bad rows were skipped before it"):
+        build_cache(data, BYTES)
 
 
 def test_many_bad_rows_are_counted(make_data, tmp_path, caplog):

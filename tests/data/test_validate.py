@@ -16,7 +16,7 @@ from mixtral_jax.data.text import documents, is_heldout
 from mixtral_jax.data.tokenizer import load_tokenizer
 from mixtral_jax.data.validate import validate
 from mixtral_jax.data.validation_report import report_lines
-from tests.data.test_stream import write
+from tests.data.conftest import write
 
 BYTES = load_tokenizer("bytes", "unused")
 
