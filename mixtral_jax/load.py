@@ -1,58 +1,128 @@
-"""Loads the parameters of a stored run onto the devices that are here."""
+"""Loads the parameters of a checkpoint, ours or another's, onto the devices that are here."""
 
 import dataclasses
-from pathlib import Path
 
 import jax
 
 from mixtral_jax.checkpoint import Checkpoints, load_run
-from mixtral_jax.config import AXES, Config, MeshConfig, UserError, from_config_dict, resolve_mesh
+from mixtral_jax.config import AXES, Config, MeshConfig, ModelConfig, UserError, from_config_dict, resolve_mesh
+from mixtral_jax.convert.restore import restore_foreign
+from mixtral_jax.convert.weights import Foreign
+from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.models import mixtral
+from mixtral_jax.resolve import Checkpoint, resolve_checkpoint
 from mixtral_jax.sharding import make_mesh, tree_shardings
 
+# What no shape shows and yet decides what weights compute.
+SETTINGS = ("experts_per_token", "rope_theta", "norm_eps", "sliding_window")
 
-def load(workdir: str | Path, step: int | None, mesh_sizes: dict[str, int] | None = None):
-    """Loads the parameters of a run, whatever mesh they were saved from.
+
+def load(checkpoint: str | Checkpoint, mesh_sizes: dict[str, int] | None = None):
+    """Loads the parameters of a checkpoint, whatever mesh they were saved from.
 
     Args:
-        workdir: the folder of a run.
-        step: one of its checkpoints; None takes the newest.
+        checkpoint: as resolve_checkpoint takes or gives it.
         mesh_sizes: sizes of mesh axes, -1 for what is left of the devices; axes that are not named are 1. None spreads
             the parameters over as many devices as divide them, the rest are replicas: a run's own mesh says nothing
             about this machine.
 
     Returns:
-        config (its mesh resolved for the devices here), model, mesh, step.
+        config (its mesh resolved for the devices here), model (float32), mesh.
 
     Raises:
-        UserError: no such run or step, or a mesh that does not fit.
+        UserError: no such checkpoint, a damaged one, or a mesh that does not fit.
     """
-    workdir = Path(workdir)
-    config = _for_devices(from_config_dict(load_run(workdir)), jax.device_count(), mesh_sizes)
-    folder = workdir / "checkpoints"
-    known = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
-    if not known or step not in (None, *known):
-        there = ", ".join(map(str, known)) or "none"
-        raise UserError(f"{workdir} has no checkpoint {'' if step is None else f'of step {step} '}(there: {there})")
-    checkpoints = Checkpoints(workdir)
-    step = checkpoints.latest() if step is None else step
+    checkpoint = _resolved(checkpoint)
+    config = _for_devices(stored_config(checkpoint), jax.device_count(), mesh_sizes)
     mesh = make_mesh(config.mesh)
     shapes = mixtral.abstract(config.model)
     shardings = tree_shardings(shapes, mesh, shapes)
-    like = jax.tree.map(
-        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
-    )
-    model = checkpoints.restore_params(step, like)
-    checkpoints.close()
-    return config, model, mesh, step
+    like = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, shardings)
+    return config, restore_weights(checkpoint, like), mesh
 
 
-def stored_corpus(workdir: str | Path, step: int) -> str | None:
-    """The key of the corpus that a checkpoint was trained on; None if it was imported."""
-    checkpoints = Checkpoints(workdir)
-    meta = checkpoints.meta(step)
+def restore_weights(checkpoint: str | Checkpoint, like: mixtral.Mixtral) -> mixtral.Mixtral:
+    """Restores the parameters alone, each process only what its devices hold.
+
+    Args:
+        checkpoint: as resolve_checkpoint takes or gives it.
+        like: the model as ShapeDtypeStructs with NamedShardings; what is stored is cast to its dtypes.
+
+    Returns:
+        the model, on those shardings.
+
+    Raises:
+        UserError: the checkpoint is damaged, or of another model: the parameters or the keys are named.
+    """
+    checkpoint = _resolved(checkpoint)
+    if checkpoint.step is not None:
+        _check_settings(checkpoint, stored_config(checkpoint).model, like.config)
+        checkpoints = Checkpoints(checkpoint.folder)
+        try:
+            return checkpoints.restore_params(checkpoint.step, like)
+        finally:
+            checkpoints.close()
+    weights = Foreign(checkpoint.folder)
+    try:
+        _check_settings(checkpoint, weights.config.model, like.config)
+        return restore_foreign(weights, like)
+    finally:
+        weights.close()
+
+
+def stored_config(checkpoint: Checkpoint) -> Config:
+    """The configuration of a checkpoint: a run's own; of others' files their model, and the defaults for the rest."""
+    if checkpoint.step is not None:
+        return from_config_dict(load_run(checkpoint.folder))
+    weights = Foreign(checkpoint.folder)
+    weights.close()
+    return weights.config
+
+
+def stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer that lies beside the weights.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    if checkpoint.step is not None:
+        path = checkpoint.folder / "tokenizer"
+        missing = None if path.is_dir() else "tokenizer/ (it was imported without one)"
+    else:
+        weights = Foreign(checkpoint.folder)
+        weights.close()
+        path = weights.tokenizer_file()
+        missing = "tokenizer.model (a tokenizer.json cannot be read)" if path is None else None
+    if missing:
+        raise UserError(f"{checkpoint} has no {missing}; put the model's SentencePiece tokenizer.model there")
+    return load_tokenizer(str(path), "")
+
+
+def stored_corpus(checkpoint: Checkpoint) -> str | None:
+    """The key of the corpus that a checkpoint was trained on; None if it was imported or is another's."""
+    if checkpoint.step is None:
+        return None
+    checkpoints = Checkpoints(checkpoint.folder)
+    meta = checkpoints.meta(checkpoint.step)
     checkpoints.close()
     return meta["identity"]["corpus"] if "identity" in meta else None
+
+
+def _resolved(checkpoint: str | Checkpoint) -> Checkpoint:
+    return checkpoint if isinstance(checkpoint, Checkpoint) else resolve_checkpoint(checkpoint)
+
+
+def _check_settings(checkpoint: Checkpoint, stored: ModelConfig, wanted: ModelConfig) -> None:
+    lines = [
+        f"  model.{key}: there {getattr(stored, key)}, here {getattr(wanted, key)}"
+        for key in SETTINGS
+        if getattr(stored, key) != getattr(wanted, key)
+    ]
+    if lines:
+        raise UserError(
+            f"{checkpoint}: these weights belong to other settings of the model; set the keys to its values:\n"
+            + "\n".join(lines)
+        )
 
 
 def _for_devices(config: Config, devices: int, mesh_sizes: dict[str, int] | None) -> Config:

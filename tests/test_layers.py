@@ -8,7 +8,7 @@ import pytest
 LAYERS = [
     {"config", "sharding"},
     {"models", "kernels", "losses", "optim", "data"},
-    {"checkpoint", "metrics", "progress", "jsonl", "load", "generate", "convert"},
+    {"checkpoint", "metrics", "progress", "jsonl", "load", "resolve", "generate", "convert"},
     {"stages", "step", "trainer", "evals", "report", "panels"},
     {"cli"},
 ]
