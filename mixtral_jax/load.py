@@ -10,14 +10,15 @@ from mixtral_jax.convert.restore import restore_foreign
 from mixtral_jax.convert.weights import Foreign
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.models import mixtral
+from mixtral_jax.models.decode import FLOAT32
 from mixtral_jax.resolve import Checkpoint, resolve_checkpoint
-from mixtral_jax.sharding import make_mesh, tree_shardings
+from mixtral_jax.sharding import make_mesh, path_names, tree_shardings
 
 # What no shape shows and yet decides what weights compute.
 SETTINGS = ("experts_per_token", "rope_theta", "norm_eps", "sliding_window")
 
 
-def load(checkpoint: str | Checkpoint, mesh_sizes: dict[str, int] | None = None):
+def load(checkpoint: str | Checkpoint, mesh_sizes: dict[str, int] | None = None, for_decoding: bool = False):
     """Loads the parameters of a checkpoint, whatever mesh they were saved from.
 
     Args:
@@ -25,9 +26,11 @@ def load(checkpoint: str | Checkpoint, mesh_sizes: dict[str, int] | None = None)
         mesh_sizes: sizes of mesh axes, -1 for what is left of the devices; axes that are not named are 1. None spreads
             the parameters over as many devices as divide them, the rest are replicas: a run's own mesh says nothing
             about this machine.
+        for_decoding: matrices in the compute dtype, which is what decoding casts them to anyway: half the memory of
+            float32 where that is bfloat16. False: everything in float32.
 
     Returns:
-        config (its mesh resolved for the devices here), model (float32), mesh.
+        config (its mesh resolved for the devices here), model, mesh.
 
     Raises:
         UserError: no such checkpoint, a damaged one, or a mesh that does not fit.
@@ -37,7 +40,12 @@ def load(checkpoint: str | Checkpoint, mesh_sizes: dict[str, int] | None = None)
     mesh = make_mesh(config.mesh)
     shapes = mixtral.abstract(config.model)
     shardings = tree_shardings(shapes, mesh, shapes)
-    like = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, shardings)
+
+    def leaf(path, shape, sharding):
+        cast = for_decoding and path_names(path)[-1] not in FLOAT32
+        return jax.ShapeDtypeStruct(shape.shape, config.model.dtype if cast else shape.dtype, sharding=sharding)
+
+    like = jax.tree_util.tree_map_with_path(leaf, shapes, shardings)
     return config, restore_weights(checkpoint, like), mesh
 
 

@@ -15,6 +15,7 @@ from mixtral_jax.convert.__main__ import main as convert
 from mixtral_jax.convert.shards import Shards
 from mixtral_jax.load import load, restore_weights, stored_corpus, stored_tokenizer
 from mixtral_jax.models import mixtral
+from mixtral_jax.models.decode import prefill, prepare
 from mixtral_jax.resolve import Checkpoint, resolve_checkpoint
 from mixtral_jax.sharding import named_leaves, tree_shardings
 from tests.convert import sources
@@ -23,7 +24,7 @@ from tests.convert.test_round_trip import mistral_directory
 from tests.golden import reference
 from tests.helpers import on_mesh, tiny
 
-MESHES = [dict(), dict(fsdp=8), dict(expert=4, tensor=2), dict(data=2, fsdp=2, tensor=2), dict(fsdp=4, expert=2)]
+MESHES = [dict(), dict(expert=4, tensor=2), dict(data=2, fsdp=2)]
 
 
 def abstract(shape: dict, dtype=None, **axes):
@@ -58,25 +59,6 @@ def source(folder: Path, kind: str, dtype: str = "float32") -> Path:
     return sources.write(folder, sources.tensors(weights), sources.config_json(SHAPE), dtype=dtype)
 
 
-@pytest.mark.parametrize("axes", MESHES, ids=str)
-@pytest.mark.parametrize("kind", ["huggingface", "mistral"])
-def test_hf_weights_arrive_whole_on_any_mesh(tmp_path, monkeypatch, kind, axes):
-    monkeypatch.setattr(layout, "BLOCK_BYTES", 700)  # the model is small: several blocks of each tensor
-    folder, like = source(tmp_path / "hf", kind), abstract(SHAPE, **axes)
-    assert_holds(restore_weights(f"hf:{folder}", like), reference.weights(SHAPE), like)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_stored_halves_become_exactly_what_is_asked_for(tmp_path, dtype):
-    folder = source(tmp_path / "hf", "huggingface", dtype)
-    kind = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[dtype]
-    want = {name: a.astype(kind).astype(np.float32) for name, a in reference.weights(SHAPE).items()}
-    like = abstract(SHAPE, fsdp=2)
-    assert_holds(restore_weights(f"hf:{folder}", like), want, like)
-    like = abstract(SHAPE, dtype=ml_dtypes.bfloat16, expert=2)
-    assert_holds(restore_weights(f"hf:{folder}", like), want, like)
-
-
 @pytest.fixture
 def bytes_read(monkeypatch) -> list[int]:
     """What is read from files: bytes of each read."""
@@ -91,12 +73,26 @@ def bytes_read(monkeypatch) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("axes", MESHES, ids=str)
-def test_every_byte_is_read_once_whatever_the_replicas(tmp_path, bytes_read, axes):
-    folder, like = source(tmp_path / "hf", "huggingface"), abstract(SHAPE, **axes)
-    restore_weights(f"hf:{folder}", like)
+@pytest.mark.parametrize(
+    ("kind", "axes"), [*(("huggingface", axes) for axes in MESHES), ("mistral", dict(tensor=2))], ids=str
+)
+def test_hf_weights_arrive_on_any_mesh_and_every_byte_is_read_once(tmp_path, monkeypatch, bytes_read, kind, axes):
+    monkeypatch.setattr(layout, "BLOCK_BYTES", 700)  # the model is small: several blocks of each tensor
+    folder, like, want = source(tmp_path / "hf", kind), abstract(SHAPE, **axes), reference.weights(SHAPE)
+    assert_holds(restore_weights(f"hf:{folder}", like), want, like)
     # What is whole on several devices is read once, and what is cut is read in its parts.
-    assert sum(bytes_read) == sum(a.nbytes for a in reference.weights(SHAPE).values())
+    assert sum(bytes_read) == sum(a.nbytes for a in want.values())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_stored_halves_become_exactly_what_is_asked_for(tmp_path, dtype):
+    folder = source(tmp_path / "hf", "huggingface", dtype)
+    kind = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[dtype]
+    want = {name: a.astype(kind).astype(np.float32) for name, a in reference.weights(SHAPE).items()}
+    like = abstract(SHAPE)
+    assert_holds(restore_weights(f"hf:{folder}", like), want, like)
+    like = abstract(SHAPE, dtype=ml_dtypes.bfloat16)
+    assert_holds(restore_weights(f"hf:{folder}", like), want, like)
 
 
 def test_only_the_parts_that_local_devices_hold_are_read(tmp_path, bytes_read, monkeypatch):
@@ -141,9 +137,9 @@ def test_another_model_is_refused_with_names_and_numbers(tmp_path):
             restore_weights(spec, abstract(SHAPE, rope_theta=1e4))
 
 
-def two_steps(workdir: Path) -> Path:
+def two_steps(workdir: Path, **overrides) -> Path:
     """A run with checkpoints 2 and 10 of SHAPE's weights, the later ones doubled."""
-    config = tiny(**{f"model__{key}": value for key, value in SHAPE.items()})
+    config = tiny(**{f"model__{key}": value for key, value in SHAPE.items()}, **overrides)
     workdir.mkdir()
     store_run(workdir, config.to_dict())
     like = mixtral.abstract(config.model)
@@ -207,6 +203,22 @@ def test_names_that_mean_nothing_are_explained(tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             resolve_checkpoint(spec, step)
+
+
+def test_matrices_come_in_the_dtype_that_decoding_multiplies_in(tmp_path):
+    """A float32 checkpoint of a model that computes in bfloat16: half of the memory, and not a bit of the logits."""
+    workdir = two_steps(tmp_path / "run", model__dtype="bfloat16")
+    tokens, length = np.arange(32, dtype=np.int32).reshape(8, 4), np.full(8, 4, np.int32)
+    logits = {}
+    for for_decoding in (False, True):
+        _, model, mesh = load(str(workdir), {"fsdp": 8}, for_decoding=for_decoding)
+        matrices = {
+            leaf.dtype.name for name, leaf in named_leaves(model).items() if name.endswith(("DNH", "EDF", "VD", "DV"))
+        }
+        assert matrices == {"bfloat16" if for_decoding else "float32"}
+        with jax.set_mesh(mesh):
+            logits[for_decoding] = np.asarray(prefill(prepare(model), tokens, length, 8)[0])
+    np.testing.assert_array_equal(logits[True], logits[False])
 
 
 @pytest.mark.parametrize("case", CASES)
