@@ -6,8 +6,8 @@ import jax
 
 from mixtral_jax.checkpoint import Checkpoints, load_run
 from mixtral_jax.config import AXES, Config, MeshConfig, ModelConfig, UserError, from_config_dict, resolve_mesh
-from mixtral_jax.convert.restore import restore_foreign
-from mixtral_jax.convert.weights import Foreign
+from mixtral_jax.convert.restore import restore
+from mixtral_jax.convert.weights import Foreign, Ours
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.models import mixtral
 from mixtral_jax.models.decode import FLOAT32
@@ -63,17 +63,10 @@ def restore_weights(checkpoint: str | Checkpoint, like: mixtral.Mixtral) -> mixt
         UserError: the checkpoint is damaged, or of another model: the parameters or the keys are named.
     """
     checkpoint = _resolved(checkpoint)
-    if checkpoint.step is not None:
-        _check_settings(checkpoint, stored_config(checkpoint).model, like.config)
-        checkpoints = Checkpoints(checkpoint.folder)
-        try:
-            return checkpoints.restore_params(checkpoint.step, like)
-        finally:
-            checkpoints.close()
-    weights = Foreign(checkpoint.folder)
+    weights = Foreign(checkpoint.folder) if checkpoint.step is None else Ours(checkpoint, in_order=False)
     try:
         _check_settings(checkpoint, weights.config.model, like.config)
-        return restore_foreign(weights, like)
+        return restore(weights, like)
     finally:
         weights.close()
 

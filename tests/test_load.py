@@ -13,6 +13,8 @@ from mixtral_jax.config import UserError
 from mixtral_jax.convert import layout, restore
 from mixtral_jax.convert.__main__ import main as convert
 from mixtral_jax.convert.shards import Shards
+from mixtral_jax.convert.transfer import Transfer
+from mixtral_jax.convert.weights import Foreign
 from mixtral_jax.load import load, restore_weights, stored_corpus, stored_tokenizer
 from mixtral_jax.models import mixtral
 from mixtral_jax.models.decode import prefill, prepare
@@ -98,16 +100,15 @@ def test_stored_halves_become_exactly_what_is_asked_for(tmp_path, dtype):
 def test_only_the_parts_that_local_devices_hold_are_read(tmp_path, bytes_read, monkeypatch):
     folder, like = source(tmp_path / "hf", "huggingface"), abstract(SHAPE, expert=4, tensor=2)
     leaf = named_leaves(like)["layers.w_gate_EDF"]
-    whole = restore._shards(leaf)
+    whole = restore._held(leaf)
     assert len(whole) == 8
     mine = {part: devices for part, devices in whole.items() if devices[0].id < 2}
-    weights = restore.Foreign(folder)
-    with restore.Transfer("load", 1) as transfer:
-        for part, devices in mine.items():
-            (piece,) = restore._fill(weights, "layers.w_gate_EDF", leaf, part, devices, transfer)
-            index = tuple(slice(*bounds) for bounds in part)
-            np.testing.assert_array_equal(piece, reference.weights(SHAPE)["layers.w_gate_EDF"][index])
-            assert piece.devices() == set(devices)
+    with Transfer("load", 1) as transfer:
+        pieces = restore._fill(Foreign(folder), "layers.w_gate_EDF", leaf, mine, transfer)
+    for piece, (part, devices) in zip(pieces, mine.items(), strict=True):
+        index = tuple(slice(*bounds) for bounds in part)
+        np.testing.assert_array_equal(piece, reference.weights(SHAPE)["layers.w_gate_EDF"][index])
+        assert piece.devices() == set(devices)
     assert sum(bytes_read) == reference.weights(SHAPE)["layers.w_gate_EDF"].nbytes // 4
 
 
@@ -153,7 +154,8 @@ def two_steps(workdir: Path, **overrides) -> Path:
 
 
 def test_a_run_is_named_by_its_workdir_or_a_folder_of_a_step(tmp_path):
-    workdir, like, want = two_steps(tmp_path / "run"), abstract(SHAPE, fsdp=2), reference.weights(SHAPE)
+    workdir, like = two_steps(tmp_path / "run"), abstract(SHAPE, fsdp=2, tensor=2, expert=2)
+    want = reference.weights(SHAPE)
     assert resolve_checkpoint(workdir) == Checkpoint(workdir, 10)
     assert resolve_checkpoint(workdir, 2) == resolve_checkpoint(workdir / "checkpoints" / "2") == Checkpoint(workdir, 2)
     assert_holds(restore_weights(str(workdir / "checkpoints" / "2"), like), want, like)

@@ -1,6 +1,8 @@
 """The same numbers as transformers: against stored goldens always, and live where torch is installed (marker parity)."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -23,6 +25,11 @@ TOLERANCE = 1e-5  # of the scale of what is compared, in float32
 def ours(name: str, **changes):
     """Returns our config, model and batch for a shape of reference.py; changes are `group__key=value`."""
     shape = reference.LIVE[name]
+    return ours_of(shape, reference.weights(shape), **changes)
+
+
+def ours_of(shape: dict, weights: dict[str, np.ndarray], **changes):
+    """The same for any shape and weights."""
     c = shrink(base())
     c.model.update(shape)
     c.loss.update(balance_mode="huggingface", balance_weight=0.0, router_z_weight=0.0, z_weight=0.0, head_chunk=7)
@@ -30,7 +37,6 @@ def ours(name: str, **changes):
         group, key = key.split("__")
         c[group][key] = value
     config = from_config_dict(c)
-    weights = reference.weights(shape)
     like = mixtral.abstract(config.model)
     order = named_leaves(like)
     assert order.keys() == weights.keys()
@@ -169,3 +175,25 @@ def test_bfloat16_is_no_farther_from_float32_than_transformers_is(name):
     ):
         print(f"{name}, {label}: {error(mine):.3e}, transformers {error(theirs):.3e}")
         assert error(mine) <= error(theirs), label
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_equals_transformers_at_full_width(tmp_path):
+    """One layer of 4 experts, 4096 x 14336. Each framework in a process of its own, one after the other."""
+    pytest.importorskip("torch")
+    for who in ("transformers", "ours"):
+        command = [sys.executable, "-m", "tests.golden.full_width", who, str(tmp_path)]
+        done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    valid = reference.batch(reference.BASE)["mask"] > 0
+    names = ["logits", "loss", *reference.dimensions(reference.BASE)]
+    for name in names:
+        got, want = (np.load(tmp_path / f"{who}.{name}.npy", mmap_mode="r") for who in ("ours", "transformers"))
+        assert got.shape == want.shape, name
+        if name == "logits":
+            got, want = got[valid], want[valid]
+        error, scale = np.abs(got - want).max(), np.abs(want).max()
+        print(f"{name}: off by {error:.1e}, scale {scale:.1e}")
+        assert scale > 0, name
+        assert error <= TOLERANCE * scale, f"{name}: off by {error:.2e}, scale {scale:.2e}"

@@ -141,8 +141,11 @@ def blocks(name: str, letters: str, size: Mapping[str, int]) -> Iterator[Block]:
 def block_index(name: str, letters: str, block: Block) -> tuple[int | slice, ...]:
     """Where a block lies in the parameter, as an index."""
     lead = tuple(i for i in (block.layer, block.expert) if i is not None)
-    own = _own_letters(name)
-    return lead + tuple(slice(block.start, block.stop) if letter == letters[0] else slice(None) for letter in own)
+    first, second = (*(group[0] for group in letters.split(" ")), None)[:2]
+    cut = {first: slice(block.start, block.stop)}
+    if block.columns is not None:
+        cut[second] = slice(*block.columns)
+    return lead + tuple(cut.get(letter, slice(None)) for letter in _own_letters(name))
 
 
 def chunk_shape(name: str, letters: str, size: Mapping[str, int]) -> tuple[int, ...]:

@@ -49,6 +49,10 @@ class Weights:
         """The SentencePiece model, if there is one."""
         raise NotImplementedError
 
+    def called(self, name: str) -> str:
+        """A parameter's name and what the files call it, {i} being the layer and {e} the expert; for messages."""
+        return name
+
     def blocks(self) -> Iterator[tuple[str, Block]]:
         """All blocks of all parameters, in the order in which Hugging Face writes files."""
         for name in ordered(self.dtypes):
@@ -137,9 +141,8 @@ class Foreign(Weights):
     def close(self) -> None:
         self._shards.close()
 
-    def tensor(self, name: str) -> str:
-        """What a parameter is called in the files, {i} being the layer and {e} the expert; for messages."""
-        return self._entries[name].template if name in self._entries else "no tensor"
+    def called(self, name: str) -> str:
+        return f"{name} ({self._entries[name].template})" if name in self._entries else name
 
     def _tensors(self, name: str) -> list[str]:
         """The tensors that fill a parameter."""
@@ -196,11 +199,16 @@ def _is_mistrals(where: Path) -> bool:
 class Ours(Weights):
     """A checkpoint of ours.
 
+    Args:
+        checkpoint: a step of a run.
+        in_order: all blocks are to be read once, in the order of `blocks`. An imported checkpoint, whose chunks are
+            those blocks, then needs no cache; training's checkpoints are cut otherwise.
+
     Raises:
         UserError: it is not of the model that config.json describes.
     """
 
-    def __init__(self, checkpoint: Checkpoint):
+    def __init__(self, checkpoint: Checkpoint, in_order: bool = True):
         self.workdir = checkpoint.folder
         self.where = self.workdir / "checkpoints" / str(checkpoint.step)
         self.config = from_config_dict(load_run(self.workdir))
@@ -209,8 +217,7 @@ class Ours(Weights):
         folder = self.where / "params"
         metadata = json.loads((folder / "_METADATA").read_text())
         names = [".".join(item["key"] for item in v["key_metadata"]) for v in metadata["tree_metadata"].values()]
-        # An imported checkpoint's chunks are our blocks, each read once; training's are cut otherwise.
-        cache = CACHE_BYTES if (self.where / "opt_state").is_dir() else 0
+        cache = 0 if in_order and not (self.where / "opt_state").is_dir() else CACHE_BYTES
         context = ts.Context({"cache_pool": {"total_bytes_limit": cache}})
         self._arrays = {
             name: ts.open(self._spec(folder, name, metadata), read=True, context=context).result() for name in names

@@ -41,13 +41,12 @@ LIVE = SHAPES | {
 ROWS, LENGTH, PADDED = 3, 24, 9  # the last row is PADDED tokens long, the rest of it is padding
 
 
-def weights(shape: dict) -> dict[str, np.ndarray]:
-    """Random float32 weights by our names. RandomState: its stream is frozen for ever. Large enough to route sharply."""
-    rng = np.random.RandomState(0)
+def dimensions(shape: dict) -> dict[str, tuple[int, ...]]:
+    """The parameters by our names."""
     s = shape
     l, d, n, g, h = s["num_layers"], s["d_model"], s["num_heads"], s["num_kv_heads"], s["head_dim"]
     f, e, v = s["d_ff"], s["num_experts"], s["vocab_size"]
-    dims = {
+    return {
         "embedding_VD": (v, d),
         "layers.attention_norm_D": (l, d),
         "layers.w_q_DNH": (l, d, n, h),
@@ -62,6 +61,12 @@ def weights(shape: dict) -> dict[str, np.ndarray]:
         "final_norm_D": (d,),
         "head_DV": (d, v),
     }
+
+
+def weights(shape: dict) -> dict[str, np.ndarray]:
+    """Random float32 weights by our names. RandomState: its stream is frozen for ever. Large enough to route sharply."""
+    rng = np.random.RandomState(0)
+    dims = dimensions(shape)
     norm = {name: 1.0 if "norm" in name else 0.0 for name in dims}
     return {name: (norm[name] + 0.2 * rng.standard_normal(size)).astype(np.float32) for name, size in dims.items()}
 
