@@ -17,6 +17,7 @@ from mixtral_jax.config import UserError
 from mixtral_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, load_tokenizer
 from mixtral_jax.generate import encode_chat, generate, reply
 from mixtral_jax.generate.__main__ import main
+from tests.convert import test_export_parity as varied
 from tests.test_decode import byte_model
 from tests.test_sampling import scripted
 
@@ -54,6 +55,13 @@ def talk(*turns: str) -> list[dict]:
 def theirs(mistral, messages: list[dict]) -> list[int]:
     said = [KINDS[m["role"]](content=m["content"]) for m in messages]
     return mistral.encode_chat_completion(ChatCompletionRequest(messages=said)).tokens
+
+
+def test_the_tokenizer_has_mistral_commons_ids(v1, mistral):
+    encode = mistral.instruct_tokenizer.tokenizer.encode
+    sources = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))[:8]]
+    for text in [*TEXTS, *varied.TEXTS, *varied.texts(), *sources]:
+        assert v1.encode(text) == encode(text, bos=False, eos=False), repr(text[:200])
 
 
 def test_a_conversation_has_the_published_ids(v1):

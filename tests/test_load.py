@@ -1,6 +1,10 @@
 """Weights by any name: a workdir, one of its steps, hf:DIR; and each process reads what its own devices hold."""
 
+import os
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -15,6 +19,8 @@ from mixtral_jax.convert.__main__ import main as convert
 from mixtral_jax.convert.shards import Shards
 from mixtral_jax.convert.transfer import Transfer
 from mixtral_jax.convert.weights import Foreign
+from mixtral_jax.generate import generate
+from mixtral_jax.generate.__main__ import main as generate_main
 from mixtral_jax.load import load, restore_weights, stored_corpus, stored_tokenizer
 from mixtral_jax.models import mixtral
 from mixtral_jax.models.decode import prefill, prepare
@@ -177,16 +183,23 @@ def test_load_takes_all_three_kinds(tmp_path):
         assert stored_corpus(resolve_checkpoint(spec)) is None
 
 
-def test_the_tokenizer_lies_beside_the_weights(tmp_path):
+def test_the_tokenizer_lies_beside_the_weights_and_generation_takes_both(tmp_path, capsys):
     shape = SHAPE | dict(vocab_size=32000)
     folder = sources.write(tmp_path / "hf", sources.tensors(reference.weights(shape)), sources.config_json(shape))
     checkpoint = resolve_checkpoint(f"hf:{folder}")
     with pytest.raises(UserError, match=r"has no tokenizer.model"):
         stored_tokenizer(checkpoint)
+    assert generate_main([f"--checkpoint={checkpoint}", "--prompt=Hello"]) == 2
     (folder / "tokenizer.model").write_bytes(sources.tokenizer_bytes(tmp_path / "v1"))
-    assert stored_tokenizer(checkpoint).encode("Hello") == [22557]
-    config, *_ = load(checkpoint, {"fsdp": 8})
+    tokenizer = stored_tokenizer(checkpoint)
+    assert tokenizer.encode("Hello") == [22557]
+    capsys.readouterr()
+    assert generate_main([f"--checkpoint={checkpoint}", "--prompt=Hello", "--max_tokens=6", "--stacked"]) == 0
+    config, model, mesh = load(checkpoint, {"fsdp": 8})
     assert config.data.tokenizer == "mistral-v1"
+    with jax.set_mesh(mesh):
+        (done,) = generate(model, tokenizer, ["Hello"], max_tokens=6)
+    assert capsys.readouterr().out == f"Hello{done.text}\n"
 
 
 def test_names_that_mean_nothing_are_explained(tmp_path):
@@ -232,3 +245,63 @@ def test_broken_files_are_explained_when_they_are_loaded(tmp_path, case):
         load(f"hf:{folder}", {"fsdp": 8})
     for text in expected:
         assert text in str(error.value)
+
+
+PROCESS = """
+import sys
+import jax, numpy as np
+port, rank, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+jax.distributed.initialize(f"localhost:{port}", 2, rank, initialization_timeout=60)
+from mixtral_jax.convert.shards import Shards
+from mixtral_jax.generate import generate
+from mixtral_jax.generate.__main__ import main as generate_main
+from mixtral_jax.load import load
+from mixtral_jax.sharding import named_leaves
+from tests.golden import reference
+from tests.test_load import SHAPE
+read, original = {}, Shards.read
+def counted(self, name, index):
+    part = original(self, name, index)
+    read[name] = read.get(name, 0) + part.nbytes
+    return part
+Shards.read = counted
+_, model, mesh = load(f"hf:{folder}", {"expert": 4, "tensor": 2})
+assert mesh.size == 8 and len(mesh.local_devices) == 4
+for name, leaf in named_leaves(model).items():
+    assert len(leaf.addressable_shards) == 4
+    for shard in leaf.addressable_shards:
+        np.testing.assert_array_equal(shard.data, reference.weights(SHAPE)[name][shard.index], err_msg=name)
+experts = {int(name.split("experts.")[1].split(".")[0]) for name in read if "experts." in name}
+print("experts", sorted(experts), "bytes", sum(read.values()))
+"""
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_reads_its_own_experts(tmp_path):
+    folder = source(tmp_path / "hf", "huggingface")
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(port), str(rank), str(folder)],
+            env=environment,
+            cwd=Path(__file__).parent.parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    said = []
+    for process in both:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        said.append(out)
+    assert "experts [0, 1]" in said[0]
+    assert "experts [2, 3]" in said[1]
+    weights = reference.weights(SHAPE)
+    experts = sum(a.nbytes for name, a in weights.items() if "EDF" in name or "EFD" in name)
+    for text in said:  # half of the experts, and of the rest no more than all
+        assert int(text.split("bytes ")[1]) <= experts // 2 + sum(a.nbytes for a in weights.values()) - experts
