@@ -8,6 +8,7 @@ from mixtral_jax.config import Config, UserError
 from mixtral_jax.convert import layout, store
 from mixtral_jax.convert.transfer import Transfer
 from mixtral_jax.convert.weights import Foreign, as_float32, open_weights
+from mixtral_jax.resolve import FOREIGN, resolve_checkpoint
 
 ROUTER = "layers.w_router_DE"
 EXPERTS = ("layers.w_gate_EDF", "layers.w_up_EDF", "layers.w_down_EFD")
@@ -56,7 +57,7 @@ def upcycle(
         raise UserError(f"--noise={noise} must not be negative, and --router_std={router_std} must be positive")
 
     with store.new_directory(target) as folder:
-        dense = Foreign(source, (experts, chosen))
+        dense = Foreign(resolve_checkpoint(FOREIGN + str(source).removeprefix(FOREIGN)).folder, (experts, chosen))
 
         def read(name: str, block: layout.Block) -> np.ndarray:
             dtype = dense.dtypes[name]

@@ -19,7 +19,7 @@ from mixtral_jax.convert.transfer import Transfer
 from mixtral_jax.convert.weights import BIAS, Weights
 from mixtral_jax.sharding import named_leaves
 
-IN_FLIGHT = 256 * 2**20  # bytes that may be on their way to the devices
+IN_FLIGHT = 64 * 2**20  # bytes that may be on their way to the devices
 
 logger = logging.getLogger(__name__)
 
