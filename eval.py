@@ -1,4 +1,4 @@
-"""Evaluate a run's newest checkpoint on its own held-out split.
+"""Evaluate a checkpoint, by default a run's newest one, on its own held-out split.
 
     python eval.py --checkpoint=runs/tiny --out=reports/tiny
     python eval.py --checkpoint=runs/tiny --evals=perplexity --step=200 --out=reports/tiny
@@ -11,8 +11,8 @@ from absl import flags
 from mixtral_jax import cli
 from mixtral_jax.config import UserError
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "The workdir of a run.")
-_STEP = flags.DEFINE_integer("step", None, "Which of its checkpoints; default: the newest.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's workdir, WORKDIR/checkpoints/STEP or hf:DIR.")
+_STEP = flags.DEFINE_integer("step", None, "Of a workdir, which checkpoint; default: the newest.")
 _EVALS = flags.DEFINE_list("evals", ["perplexity", "baselines"], "Which evaluations, separated by commas.")
 _OUT = flags.DEFINE_string("out", None, "Folder for results.json, for example reports/tiny.")
 

@@ -7,9 +7,11 @@ they meet the same load of the machine. transformers is timed where it can be im
 """
 
 import argparse
+import importlib.util
 import os
 import statistics
 import time
+from importlib.metadata import version
 
 import jax
 import numpy as np
@@ -115,11 +117,16 @@ def main() -> None:
                 begun = time.perf_counter()
                 step()
                 times[name].append((time.perf_counter() - begun) * 1e3)
+        middle = {name: statistics.median(ms) for name, ms in times.items()}
         for name, ms in times.items():
-            middle = statistics.median(ms)
-            table.append([rows, name, f"{middle:.1f}", f"{min(ms):.1f}", f"{rows / middle * 1e3:.1f}"])
-    columns = ["rows", "what", "median ms a step", "best ms", "tokens/s"]
-    write("decode", "Decoding, 214M parameters, float32", columns, table, {"load": os.getloadavg(), "shape": SHAPE})
+            ratio = f"{middle['transformers'] / middle[name]:.2f}" if "transformers" in middle else ""
+            table.append(
+                [rows, name, f"{middle[name]:.1f}", f"{min(ms):.1f}", f"{rows / middle[name] * 1e3:.1f}", ratio]
+            )
+    columns = ["rows", "what", "median ms a step", "best ms", "tokens/s", "times transformers"]
+    peers = {name: version(name) for name in ("torch", "transformers") if importlib.util.find_spec(name)}
+    about = {"load": os.getloadavg(), "shape": SHAPE, "peers": peers}
+    write("decode", "Decoding, 214M parameters, float32", columns, table, about)
 
 
 if __name__ == "__main__":

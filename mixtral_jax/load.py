@@ -1,67 +1,158 @@
-"""Loads the parameters of a stored run onto the devices that are here."""
+"""Loads the parameters of a checkpoint, ours or another's, onto the devices that are here."""
 
 import dataclasses
-from pathlib import Path
 
 import jax
 
-from mixtral_jax.checkpoint import Checkpoints
-from mixtral_jax.config import AXES, Config, MeshConfig, UserError, from_config_dict, resolve_mesh
+from mixtral_jax.checkpoint import Checkpoints, DamagedError
+from mixtral_jax.config import AXES, Config, MeshConfig, ModelConfig, UserError, from_config_dict, resolve_mesh
+from mixtral_jax.convert.restore import restore
+from mixtral_jax.convert.weights import Foreign, Ours, Weights
+from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
+from mixtral_jax.fingerprint import fingerprints
 from mixtral_jax.models import mixtral
-from mixtral_jax.sharding import make_mesh, tree_shardings
+from mixtral_jax.models.decode import FLOAT32
+from mixtral_jax.resolve import Checkpoint, resolve_checkpoint
+from mixtral_jax.sharding import make_mesh, named_leaves, path_names, tree_shardings
 from mixtral_jax.workdir import load_run
 
+# What no shape shows and yet decides what weights compute.
+SETTINGS = ("experts_per_token", "rope_theta", "norm_eps", "sliding_window")
 
-def load(workdir: str | Path, step: int | None, mesh_sizes: dict[str, int] | None = None):
-    """Loads the parameters of a run, whatever mesh they were saved from.
+
+def load(checkpoint: str | Checkpoint, mesh_sizes: dict[str, int] | None = None, for_decoding: bool = False):
+    """Loads the parameters of a checkpoint, whatever mesh they were saved from.
 
     Args:
-        workdir: the folder of a run.
-        step: one of its checkpoints; None takes the newest.
+        checkpoint: as resolve_checkpoint takes or gives it.
         mesh_sizes: sizes of mesh axes, -1 for what is left of the devices; axes that are not named are 1. None spreads
             the parameters over as many devices as divide them, the rest are replicas: a run's own mesh says nothing
             about this machine.
+        for_decoding: matrices in the compute dtype, which is what decoding casts them to anyway: half the memory of
+            float32 where that is bfloat16. False: everything in float32.
 
     Returns:
-        config (its mesh resolved for the devices here), model, mesh, step.
+        config (its mesh resolved for the devices here), model, mesh.
 
     Raises:
-        UserError: no such run or step, or a mesh that does not fit.
+        UserError: no such checkpoint, a damaged one, or a mesh that does not fit.
     """
-    workdir = Path(workdir)
-    config = _for_devices(from_config_dict(load_run(workdir)), jax.device_count(), mesh_sizes)
-    folder = workdir / "checkpoints"
-    known = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
-    if not known or step not in (None, *known):
-        there = ", ".join(map(str, known)) or "none"
-        raise UserError(f"{workdir} has no checkpoint {'' if step is None else f'of step {step} '}(there: {there})")
-    checkpoints = Checkpoints(workdir)
-    step = checkpoints.latest() if step is None else step
+    checkpoint = _resolved(checkpoint)
+    config = _for_devices(stored_config(checkpoint), jax.device_count(), mesh_sizes)
     mesh = make_mesh(config.mesh)
     shapes = mixtral.abstract(config.model)
     shardings = tree_shardings(shapes, mesh, shapes)
-    like = jax.tree.map(
-        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
-    )
-    model = checkpoints.restore_params(step, like)
+
+    def leaf(path, shape, sharding):
+        cast = for_decoding and path_names(path)[-1] not in FLOAT32
+        return jax.ShapeDtypeStruct(shape.shape, config.model.dtype if cast else shape.dtype, sharding=sharding)
+
+    like = jax.tree_util.tree_map_with_path(leaf, shapes, shardings)
+    return config, restore_weights(checkpoint, like), mesh
+
+
+def restore_weights(checkpoint: str | Checkpoint, like: mixtral.Mixtral) -> mixtral.Mixtral:
+    """Restores the parameters alone, each process only what its devices hold.
+
+    Args:
+        checkpoint: as resolve_checkpoint takes or gives it.
+        like: the model as ShapeDtypeStructs with NamedShardings; what is stored is cast to its dtypes.
+
+    Returns:
+        the model, on those shardings.
+
+    Raises:
+        UserError: files of others are damaged, or the weights are another model's: the parameters or the keys are named.
+        DamagedError: a checkpoint of ours cannot be read, or is not what was saved.
+    """
+    checkpoint = _resolved(checkpoint)
+    if checkpoint.step is None:
+        return _read(Foreign(checkpoint.folder), checkpoint, like)
+    try:
+        model = _read(Ours(checkpoint, in_order=False), checkpoint, like)
+    except UserError:
+        raise
+    except (OSError, KeyError, ValueError) as error:  # what JSON, Orbax's files and tensorstore raise
+        raise DamagedError(f"{checkpoint} is damaged: {str(error).splitlines()[0][:300]}") from error
+    _verify(checkpoint, model)
+    return model
+
+
+def _read(weights: Weights, checkpoint: Checkpoint, like):
+    try:
+        _check_settings(checkpoint, weights.config.model, like.config)
+        return restore(weights, like)
+    finally:
+        weights.close()
+
+
+def _verify(checkpoint: Checkpoint, model) -> None:
+    """Compares the arrays with the fingerprints taken when they were saved, those that were not cast."""
+    checkpoints = Checkpoints(checkpoint.folder)
+    said = checkpoints.meta(checkpoint.step).get("arrays", {}).get("params", {})
     checkpoints.close()
-    return config, model, mesh, step
+    whole = {
+        name: leaf for name, leaf in named_leaves(model).items() if str(leaf.dtype) == said.get(name, {}).get("dtype")
+    }
+    now = fingerprints(whole)
+    wrong = [name for name in whole if now[name] != said[name]["fingerprint"]]
+    if wrong:
+        raise DamagedError(f"{checkpoint} is damaged: {', '.join(wrong[:5])} are not what was saved")
 
 
-def restore_weights(spec: str, like):
-    """Restores the parameters that `spec` names onto the shardings of `like`."""
-    checkpoints = Checkpoints(spec)
-    params = checkpoints.restore_params(checkpoints.latest(), like)
-    checkpoints.close()
-    return params
+def stored_config(checkpoint: Checkpoint) -> Config:
+    """The configuration of a checkpoint: a run's own; of others' files their model, and the defaults for the rest."""
+    if checkpoint.step is not None:
+        return from_config_dict(load_run(checkpoint.folder))
+    weights = Foreign(checkpoint.folder)
+    weights.close()
+    return weights.config
 
 
-def stored_corpus(workdir: str | Path, step: int) -> str | None:
-    """The key of the corpus that a checkpoint was trained on; None if it was imported."""
-    checkpoints = Checkpoints(workdir)
-    meta = checkpoints.meta(step)
+def stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer that lies beside the weights.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    if checkpoint.step is not None:
+        path = checkpoint.folder / "tokenizer"
+        missing = None if path.is_dir() else "tokenizer/ (it was imported without one)"
+    else:
+        weights = Foreign(checkpoint.folder)
+        weights.close()
+        path = weights.tokenizer_file()
+        missing = "tokenizer.model (a tokenizer.json cannot be read)" if path is None else None
+    if missing:
+        raise UserError(f"{checkpoint} has no {missing}; put the model's SentencePiece tokenizer.model there")
+    return load_tokenizer(str(path), "")
+
+
+def stored_corpus(checkpoint: Checkpoint) -> str | None:
+    """The key of the corpus that a checkpoint was trained on; None if it was imported or is another's."""
+    if checkpoint.step is None:
+        return None
+    checkpoints = Checkpoints(checkpoint.folder)
+    meta = checkpoints.meta(checkpoint.step)
     checkpoints.close()
     return meta["identity"]["corpus"] if "identity" in meta else None
+
+
+def _resolved(checkpoint: str | Checkpoint) -> Checkpoint:
+    return checkpoint if isinstance(checkpoint, Checkpoint) else resolve_checkpoint(checkpoint)
+
+
+def _check_settings(checkpoint: Checkpoint, stored: ModelConfig, wanted: ModelConfig) -> None:
+    lines = [
+        f"  model.{key}: there {getattr(stored, key)}, here {getattr(wanted, key)}"
+        for key in SETTINGS
+        if getattr(stored, key) != getattr(wanted, key)
+    ]
+    if lines:
+        raise UserError(
+            f"{checkpoint}: these weights belong to other settings of the model; set the keys to its values:\n"
+            + "\n".join(lines)
+        )
 
 
 def _for_devices(config: Config, devices: int, mesh_sizes: dict[str, int] | None) -> Config:

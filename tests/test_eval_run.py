@@ -72,7 +72,7 @@ def test_results_are_written_with_all_that_made_them(workdir, tmp_path, capsys):
     assert set(found["perplexity"]) == {"loss", "perplexity", "bits_per_byte", "tokens"}
     assert set(found["baselines"]) == {"unigram_bits_per_byte", "bigram_bits_per_byte", "baseline_tokens"}
     # The baselines are counted on the other split: on this one itself they would do better.
-    config, *_ = run.load(workdir, 2)
+    config, *_ = run.load(workdir)
     corpus = build_cache(config.data, load_tokenizer("bytes", ""), progress=False)
     on_itself = baselines(config, Corpus((dataclasses.replace(corpus.sources[0], train=corpus.heldout),)))
     assert found["baselines"] == baselines(config, corpus)
@@ -89,8 +89,7 @@ def test_results_are_written_with_all_that_made_them(workdir, tmp_path, capsys):
 
 
 def test_the_newest_checkpoint_is_the_default(workdir):
-    config, model, mesh, step = run.load(workdir, None)
-    assert step == 4
+    config, model, mesh = run.load(workdir)
     assert config.mesh.fsdp == mesh.size == 8
     assert config.train.batch_size == 8
     for name, leaf in named_leaves(model).items():
@@ -104,15 +103,15 @@ def test_text_that_has_changed_since_is_refused(workdir, tmp_path):
         run.evaluate(str(workdir), 2, ["perplexity"], str(tmp_path / "out"))
 
 
-def test_a_step_that_is_not_there_is_refused_with_those_that_are(workdir):
+def test_a_step_that_is_not_there_is_refused_with_those_that_are(workdir, tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint of step 3 \(there: 2, 4\)"):
-        run.load(workdir, 3)
+        run.evaluate(str(workdir), 3, ["perplexity"], str(tmp_path / "out"))
 
 
 def test_a_run_without_a_checkpoint_is_refused(tmp_path):
     store_run(tmp_path, tiny().to_dict())
     with pytest.raises(UserError, match=r"no checkpoint \(there: none\)"):
-        run.load(tmp_path, None)
+        run.load(tmp_path)
 
 
 @pytest.mark.parametrize("names", [["perplexity", "mmlu"], []])
@@ -127,7 +126,7 @@ def test_an_unknown_evaluation_is_refused_before_anything_is_read(tmp_path, name
     [
         (["--out={0}/out"], ["--checkpoint is missing"]),
         (["--checkpoint={0}/none"], ["--out is missing"]),
-        (["--checkpoint={0}/none", "--out={0}/out"], ["config.json does not exist", "--checkpoint"]),
+        (["--checkpoint={0}/none", "--out={0}/out"], ["none is no directory", "workdir", "hf:DIR"]),
     ],
     ids=["no_checkpoint", "no_out", "no_such_run"],
 )

@@ -65,7 +65,18 @@ def run_config(model: ModelConfig, balance_weight: float, tokenizer: str) -> Con
             moment_dtype="float32",
         ),
         mesh=MeshConfig(data=1, fsdp=-1, expert=1, context=1, tensor=1),
-        data=DataConfig("stdlib", "", "text", tokenizer, "~/.cache/mixtral_jax", heldout_fraction=0.02, workers=2),
+        data=DataConfig(
+            source="stdlib",
+            path="",
+            text_key="text",
+            mixture=(),
+            streaming=False,
+            max_bad_rows=0,
+            tokenizer=tokenizer,
+            cache_dir="~/.cache/mixtral_jax",
+            heldout_fraction=0.02,
+            workers=2,
+        ),
         train=TrainConfig(
             stage="pretrain",
             seed=0,
@@ -81,6 +92,12 @@ def run_config(model: ModelConfig, balance_weight: float, tokenizer: str) -> Con
             sample_tokens=64,
             checkpoint_every=500,
             checkpoints_to_keep=3,
+            checkpoint_keep_every=0,
+            keep_best=True,
+            init_from="",
+            skip_nonfinite=0,
+            continue_on_save_error=False,
+            wandb="",
         ),
     )
     validate(config)

@@ -14,7 +14,7 @@ from mixtral_jax.convert.shards import CODES, Planned, plan_shards, write_index,
 from mixtral_jax.convert.tokenizer_json import write_tokenizer
 from mixtral_jax.convert.transfer import Transfer
 from mixtral_jax.convert.weights import BIAS, Weights, open_weights
-from mixtral_jax.data.tokenizer import SentencePieceTokenizer
+from mixtral_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,8 @@ def _describe(weights: Weights, folder: Path, dtype: str | None) -> None:
             logger.warning("no tokenizer.json was written: %s", reason)
     else:
         logger.warning("%s has no tokenizer.model: the export has no tokenizer", weights.where)
+        if weights.config.data.tokenizer == "bytes":
+            bos, eos = ByteTokenizer.bos_id, ByteTokenizer.eos_id
     config, generation = architecture.to_hugging_face(weights.config, dtype or _common_dtype(weights), bos, eos)
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")

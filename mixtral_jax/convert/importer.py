@@ -1,6 +1,5 @@
 """Files of Hugging Face's or Mistral's -> a workdir of ours; and a Mixtral made from a dense model."""
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ from mixtral_jax.config import Config, UserError
 from mixtral_jax.convert import layout, store
 from mixtral_jax.convert.transfer import Transfer
 from mixtral_jax.convert.weights import Foreign, as_float32, open_weights
-from mixtral_jax.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from mixtral_jax.resolve import FOREIGN, resolve_checkpoint
 
 ROUTER = "layers.w_router_DE"
 EXPERTS = ("layers.w_gate_EDF", "layers.w_up_EDF", "layers.w_down_EFD")
@@ -58,7 +57,7 @@ def upcycle(
         raise UserError(f"--noise={noise} must not be negative, and --router_std={router_std} must be positive")
 
     with store.new_directory(target) as folder:
-        dense = Foreign(source, (experts, chosen))
+        dense = Foreign(resolve_checkpoint(FOREIGN + str(source).removeprefix(FOREIGN)).folder, (experts, chosen))
 
         def read(name: str, block: layout.Block) -> np.ndarray:
             dtype = dense.dtypes[name]
@@ -81,16 +80,7 @@ def upcycle(
 
 
 def _write(weights: Foreign, read, folder: Path, title: str) -> Config:
-    tokenizer = weights.tokenizer_file()
-    config = weights.config
-    spec = "mistral-v1" if tokenizer is None else _tokenizer_spec(tokenizer)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=spec))
+    config, tokenizer = weights.config, weights.tokenizer_file()
     with Transfer(title, weights.nbytes()) as transfer:
         store.write_workdir(folder, config, weights.dtypes, weights.letters, read, tokenizer, transfer.advance)
     return config
-
-
-def _tokenizer_spec(path: Path) -> str:
-    """data.tokenizer: mistral-v1 where the file is that, else the file; the workdir keeps a copy in any case."""
-    mine = SentencePieceTokenizer(path.read_bytes(), str(path)).fingerprint
-    return "mistral-v1" if load_tokenizer("mistral-v1", "").fingerprint == mine else str(path.resolve())

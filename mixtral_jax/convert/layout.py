@@ -50,12 +50,16 @@ class Entry:
 
 
 class Block(NamedTuple):
-    """A part of a parameter: of one layer (None: not stacked), one expert (None: has none), a range of its first letter."""
+    """A part of a parameter: of one layer (None: not stacked), one expert (None: has none), a range of its first letter.
+
+    A shard may hold a part of the columns too: `columns` is a range of the first letter of the file's second group.
+    """
 
     layer: int | None
     expert: int | None
     start: int
     stop: int
+    columns: tuple[int, int] | None = None  # None: all, or a vector
 
 
 def entries(format: str) -> dict[str, Entry]:
@@ -137,8 +141,11 @@ def blocks(name: str, letters: str, size: Mapping[str, int]) -> Iterator[Block]:
 def block_index(name: str, letters: str, block: Block) -> tuple[int | slice, ...]:
     """Where a block lies in the parameter, as an index."""
     lead = tuple(i for i in (block.layer, block.expert) if i is not None)
-    own = _own_letters(name)
-    return lead + tuple(slice(block.start, block.stop) if letter == letters[0] else slice(None) for letter in own)
+    first, second = (*(group[0] for group in letters.split(" ")), None)[:2]
+    cut = {first: slice(block.start, block.stop)}
+    if block.columns is not None:
+        cut[second] = slice(*block.columns)
+    return lead + tuple(cut.get(letter, slice(None)) for letter in _own_letters(name))
 
 
 def chunk_shape(name: str, letters: str, size: Mapping[str, int]) -> tuple[int, ...]:
@@ -149,17 +156,57 @@ def chunk_shape(name: str, letters: str, size: Mapping[str, int]) -> tuple[int, 
     return (*lead, *(width if letter == letters[0] else size[letter] for letter in _own_letters(name)))
 
 
-def row_range(entry: Entry, block: Block, size: Mapping[str, int]) -> tuple[int, int]:
-    """The rows of the file's tensor that a block holds; a head's rows stay together."""
-    rows = math.prod(_dims(entry.letters.split(" ")[0][1:], size))
-    return block.start * rows, block.stop * rows
+def shard_blocks(
+    name: str, letters: str, size: Mapping[str, int], part: tuple[tuple[int, int], ...]
+) -> Iterator[tuple[Block, tuple[int, ...]]]:
+    """Cuts a shard of a parameter into blocks.
+
+    Args:
+        name, letters: of the parameter, and of the file's tensor.
+        size: letter -> size.
+        part: the shard, (begin, end) of each dimension of the parameter.
+
+    Yields:
+        a block, and where it begins in the shard, a number for each dimension.
+
+    Raises:
+        ValueError: the shard is cut along a letter inside a group, whose parts are no ranges of rows or columns.
+    """
+    has_layers, has_experts = (stack != (None,) for stack in stacks(name, size))
+    order = "L" * has_layers + suffix(name)
+    bounds = dict(zip(order, part, strict=True))
+    first, second = (*(group[0] for group in letters.split(" ")), None)[:2]
+    ranges = {first, second} | set("L" * has_layers + "E" * has_experts)
+    if cut := [letter for letter in order if letter not in ranges and bounds[letter] != (0, size[letter])]:
+        raise ValueError(f"{name}: a shard cut along {', '.join(cut)} is no range of rows and columns")
+    row = math.prod(bounds[letter][1] - bounds[letter][0] for letter in _own_letters(name) if letter != first)
+    width = max(1, BLOCK_BYTES // (4 * row))
+    begin, end = bounds[first]
+    for i in range(*bounds["L"]) if has_layers else (None,):
+        for e in range(*bounds["E"]) if has_experts else (None,):
+            for start in range(begin, end, width):
+                at = {"L": i, "E": e, first: start}
+                where = tuple(at[letter] - bounds[letter][0] if at.get(letter) is not None else 0 for letter in order)
+                yield Block(i, e, start, min(start + width, end), bounds[second] if second else None), where
+
+
+def file_ranges(entry: Entry, block: Block, size: Mapping[str, int]) -> tuple[slice, ...]:
+    """The rows, and of a matrix the columns, of the file's tensor that a block holds; a head's rows stay together."""
+    ranges = []
+    for group, bounds in zip(entry.letters.split(" "), ((block.start, block.stop), block.columns)):
+        inner = math.prod(_dims(group[1:], size))
+        ranges.append(slice(None) if bounds is None else slice(bounds[0] * inner, bounds[1] * inner))
+    return tuple(ranges)
 
 
 def to_parameter(name: str, entry: Entry, rows: np.ndarray, size: Mapping[str, int]) -> np.ndarray:
-    """Turns rows of a file's tensor into a block of our parameter: same dtype, contiguous, in the name's order."""
+    """Turns a part of a file's tensor into a block of our parameter: same dtype, contiguous, in the name's order."""
     letters = entry.letters.replace(" ", "")
-    dims = _dims(letters, size)
-    array = rows.reshape(-1, *dims[1:])
+    dims = []
+    for group, length in zip(entry.letters.split(" "), rows.shape, strict=True):
+        inner = _dims(group[1:], size)
+        dims += [length // math.prod(inner), *inner]
+    array = rows.reshape(dims)
     if entry.interleaved:  # [N, H, D]: rows (pair, first or second) -> (first or second, pair)
         n, h, d = array.shape
         array = array.reshape(n, h // 2, 2, d).swapaxes(1, 2).reshape(n, h, d)

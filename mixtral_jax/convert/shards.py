@@ -35,7 +35,7 @@ def read_json(path: Path) -> dict:
 
 
 class Shards:
-    """All tensors of a directory's safetensors files. Opening reads headers only; `rows` reads a range of one tensor.
+    """All tensors of a directory's safetensors files. Opening reads headers only; `read` reads a part of one tensor.
 
     Attributes:
         tensors: name -> (shape, dtype).
@@ -62,9 +62,9 @@ class Shards:
         if listed is not None:
             self._check_index(folder / index, listed)
 
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Reads rows start to stop of a tensor (of a vector: its elements), in the file's dtype."""
-        return self._files[self._where[name]].get_slice(name)[start:stop]
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Reads a part of a tensor, in the file's dtype; nothing else of it is read."""
+        return self._files[self._where[name]].get_slice(name)[index]
 
     def close(self) -> None:
         """Forgets the open files; their maps go with them."""

@@ -135,10 +135,6 @@ def write_workdir(
     fingerprint = ""
     if tokenizer is not None:
         found = SentencePieceTokenizer(tokenizer.read_bytes(), str(tokenizer))
-        if found.vocab_size > config.model.vocab_size:
-            raise UserError(
-                f"{tokenizer} has {found.vocab_size} ids and the model {config.model.vocab_size}; it is another model's"
-            )
         (folder / "tokenizer").mkdir()
         shutil.copyfile(tokenizer, folder / "tokenizer" / MODEL_FILE)
         fingerprint = found.fingerprint

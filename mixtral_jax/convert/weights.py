@@ -14,7 +14,9 @@ from mixtral_jax.config import Config, ModelConfig, UserError, from_config_dict
 from mixtral_jax.convert import architecture, layout
 from mixtral_jax.convert.layout import Block
 from mixtral_jax.convert.shards import Shards
+from mixtral_jax.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from mixtral_jax.models import mixtral
+from mixtral_jax.resolve import FOREIGN, Checkpoint, is_foreign, resolve_checkpoint
 from mixtral_jax.sharding import named_leaves
 from mixtral_jax.workdir import load_run
 
@@ -46,6 +48,10 @@ class Weights:
     def tokenizer_file(self) -> Path | None:
         """The SentencePiece model, if there is one."""
         raise NotImplementedError
+
+    def called(self, name: str) -> str:
+        """A parameter's name and what the files call it, {i} being the layer and {e} the expert; for messages."""
+        return name
 
     def blocks(self) -> Iterator[tuple[str, Block]]:
         """All blocks of all parameters, in the order in which Hugging Face writes files."""
@@ -92,7 +98,7 @@ class Foreign(Weights):
 
     def __init__(self, where: Path, dense: tuple[int, int] | None = None):
         self.where = where
-        if dense is None and (where / "params.json").is_file() and not (where / "config.json").is_file():
+        if dense is None and _is_mistrals(where):
             self.format = "mistral"
             model, balance, tied = architecture.read_mistral(where)
             if not sorted(where.glob("consolidated*.safetensors")) and sorted(where.glob("consolidated*.pt")):
@@ -110,20 +116,33 @@ class Foreign(Weights):
         self._check()
         self.dtypes = self._parameter_dtypes()
         model = dataclasses.replace(model, dtype=architecture.compute_dtype(set(self.dtypes.values())))
-        self.config = architecture.run_config(model, balance, "mistral-v1")
+        self.config = architecture.run_config(model, balance, self._tokenizer_spec(model.vocab_size))
         check_complete(model, {name: layout.parameter_shape(name, self.size) for name in self._entries})
 
     def block(self, name: str, block: Block) -> np.ndarray:
         entry = self._entries[name]
-        rows = self._shards.rows(layout.tensor_name(entry, block), *layout.row_range(entry, block, self.size))
+        rows = self._shards.read(layout.tensor_name(entry, block), layout.file_ranges(entry, block, self.size))
         return layout.to_parameter(name, entry, rows, self.size).astype(self.dtypes[name], copy=False)
 
     def tokenizer_file(self) -> Path | None:
         names = ("tokenizer.model", "tokenizer.model.v1", "tokenizer.model.v3")
         return next((self.where / name for name in names if (self.where / name).is_file()), None)
 
+    def _tokenizer_spec(self, vocab_size: int) -> str:
+        """data.tokenizer: mistral-v1 where the file is that or there is none, else the file."""
+        path, usual = self.tokenizer_file(), "mistral-v1"
+        if path is None:
+            return usual
+        found = SentencePieceTokenizer(path.read_bytes(), str(path))
+        if found.vocab_size > vocab_size:
+            raise UserError(f"{path} has {found.vocab_size} ids and the model {vocab_size}; it is another model's")
+        return usual if load_tokenizer(usual, "").fingerprint == found.fingerprint else str(path.resolve())
+
     def close(self) -> None:
         self._shards.close()
+
+    def called(self, name: str) -> str:
+        return f"{name} ({self._entries[name].template})" if name in self._entries else name
 
     def _tensors(self, name: str) -> list[str]:
         """The tensors that fill a parameter."""
@@ -170,24 +189,35 @@ class Foreign(Weights):
         return result
 
 
+def _is_mistrals(where: Path) -> bool:
+    """Where both descriptions lie in a directory, the files of weights decide."""
+    if (where / "params.json").is_file() and (where / "config.json").is_file():
+        return not any(where.glob("model*.safetensors")) and any(where.glob("consolidated*"))
+    return (where / "params.json").is_file()
+
+
 class Ours(Weights):
-    """A checkpoint of ours: `where` is a workdir (its newest step) or the folder of one step.
+    """A checkpoint of ours.
+
+    Args:
+        checkpoint: a step of a run.
+        in_order: all blocks are to be read once, in the order of `blocks`. An imported checkpoint, whose chunks are
+            those blocks, then needs no cache; training's checkpoints are cut otherwise.
 
     Raises:
-        UserError: there is none, or it is not of the model that config.json describes.
+        UserError: it is not of the model that config.json describes.
     """
 
-    def __init__(self, where: Path):
-        self.where = where
-        self.workdir, self.step = find_step(where)
+    def __init__(self, checkpoint: Checkpoint, in_order: bool = True):
+        self.workdir = checkpoint.folder
+        self.where = self.workdir / "checkpoints" / str(checkpoint.step)
         self.config = from_config_dict(load_run(self.workdir))
         self.size = layout.sizes(self.config.model)
         entries = layout.entries("huggingface")
-        folder = self.step / "params"
+        folder = self.where / "params"
         metadata = json.loads((folder / "_METADATA").read_text())
         names = [".".join(item["key"] for item in v["key_metadata"]) for v in metadata["tree_metadata"].values()]
-        # An imported checkpoint's chunks are our blocks, each read once; training's are cut otherwise.
-        cache = CACHE_BYTES if (self.step / "opt_state").is_dir() else 0
+        cache = 0 if in_order and not (self.where / "opt_state").is_dir() else CACHE_BYTES
         context = ts.Context({"cache_pool": {"total_bytes_limit": cache}})
         self._arrays = {
             name: ts.open(self._spec(folder, name, metadata), read=True, context=context).result() for name in names
@@ -220,38 +250,15 @@ class Ours(Weights):
         self._arrays.clear()
 
 
-def find_step(where: Path) -> tuple[Path, Path]:
-    """Returns (workdir, folder of the step) for a workdir or for the folder of a step.
-
-    Raises:
-        UserError: there is no finished checkpoint.
-    """
-    where = where.resolve()
-    if (where / "params").is_dir() and where.name.isdecimal():
-        return where.parent.parent, where
-    folder = where / "checkpoints"
-    steps = [p for p in folder.glob("*") if p.name.isdecimal() and (p / "params").is_dir()] if folder.is_dir() else []
-    if not steps:
-        raise UserError(f"{where} is neither a workdir with checkpoints/STEP nor the folder of a step")
-    return where, max(steps, key=lambda path: int(path.name))
-
-
 def open_weights(where: str | Path) -> Weights:
-    """Opens a directory of any kind.
+    """Opens a checkpoint of any kind; a directory of others may be named with or without `hf:`.
 
     Raises:
         UserError: it is none that we know, or damaged.
     """
-    path = Path(str(where).removeprefix("hf:")).expanduser()
-    if not path.is_dir():
-        raise UserError(f"{path} is no directory")
-    if (path / "checkpoints").is_dir() or (path / "params").is_dir():
-        return Ours(path)
-    if (path / "config.json").is_file() or (path / "params.json").is_file():
-        return Foreign(path)
-    raise UserError(
-        f"{path} holds neither config.json (Hugging Face), params.json (Mistral) nor checkpoints/ (ours); give such a directory"
-    )
+    foreign = not str(where).startswith(FOREIGN) and is_foreign(Path(where).expanduser())
+    found = resolve_checkpoint(f"{FOREIGN}{where}" if foreign else where)
+    return Foreign(found.folder) if found.step is None else Ours(found)
 
 
 def as_float32(array: np.ndarray) -> np.ndarray:

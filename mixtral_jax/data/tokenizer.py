@@ -173,6 +173,10 @@ class SentencePieceTokenizer:
     def continuation(self, context_ids: Sequence[int], new_ids: Sequence[int]) -> str:
         return _continuation(self.decode, context_ids, new_ids)
 
+    def is_control(self, piece: str) -> bool:
+        """Whether this is a control piece, which no text encodes to: `[INST]` is one from Mistral's v2 tokenizer on."""
+        return self._processor.IsControl(self._processor.PieceToId(piece))
+
     def save(self, folder: str | Path) -> None:
         _write(Path(folder, MODEL_FILE), self._model)
 

@@ -9,15 +9,16 @@ from pathlib import Path
 import jax
 
 from mixtral_jax.config import UserError
-from mixtral_jax.data import load_tokenizer, open_corpus
+from mixtral_jax.data import open_corpus
 from mixtral_jax.evals import EVALS
-from mixtral_jax.load import load, stored_corpus
+from mixtral_jax.load import load, stored_corpus, stored_tokenizer
+from mixtral_jax.resolve import resolve_checkpoint
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def evaluate(workdir: str, step: int | None, names: list[str], out: str) -> dict[str, dict[str, float]]:
-    """Runs the named evaluations, prints a table, and writes OUT/results.json.
+def evaluate(spec: str, step: int | None, names: list[str], out: str) -> dict[str, dict[str, float]]:
+    """Runs the named evaluations on a checkpoint (see resolve.py), prints a table, and writes OUT/results.json.
 
     Raises:
         UserError: an unknown evaluation, or no such checkpoint.
@@ -30,20 +31,21 @@ def evaluate(workdir: str, step: int | None, names: list[str], out: str) -> dict
         folder.mkdir(parents=True, exist_ok=True)  # before the work: a bad path must not cost an evaluation
     except OSError as error:
         raise UserError(f"--out={out} cannot be made a folder: {error}") from error
-    config, model, mesh, step = load(workdir, step)
-    key = stored_corpus(workdir, step)
-    stored = str(Path(workdir) / "tokenizer")
-    tokenizer = load_tokenizer(stored, config.data.cache_dir)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=stored))
+    checkpoint = resolve_checkpoint(spec, step)
+    tokenizer, key = stored_tokenizer(checkpoint), stored_corpus(checkpoint)
+    config, model, mesh = load(checkpoint)
+    if checkpoint.step is not None:  # the run's own tokenizer, wherever data.tokenizer has gone since
+        stored = dataclasses.replace(config.data, tokenizer=str(checkpoint.folder / "tokenizer"))
+        config = dataclasses.replace(config, data=stored)
     corpus = open_corpus(config.data, tokenizer)
     if key is not None and corpus.key != key:
         raise UserError(
-            f"the text that {workdir} was trained on has changed (files, data.heldout_fraction or the Python version): "
+            f"the text that {checkpoint} was trained on has changed (files, data.heldout_fraction or the Python version): "
             "what is held out now may have been trained on; evaluate where the run was trained"
         )
     with jax.set_mesh(mesh):
         results = {name: EVALS[name](config, corpus, model) for name in names}
-    print(f"{workdir}, step {step}")
+    print(checkpoint)
     for name, values in results.items():
         for metric, value in values.items():
             print(
@@ -55,7 +57,7 @@ def evaluate(workdir: str, step: int | None, names: list[str], out: str) -> dict
     report = {
         "results": results,
         "config": config.to_dict(),
-        "checkpoint": f"{workdir}, step {step}",
+        "checkpoint": str(checkpoint),
         "versions": versions,
     }
     (folder / "results.json").write_text(json.dumps(report, indent=2) + "\n")

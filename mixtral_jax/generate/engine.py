@@ -15,7 +15,7 @@ from mixtral_jax.models.decode import Prepared, decode, prefill
 from mixtral_jax.models.mixtral import Mixtral
 from mixtral_jax.sharding import BATCH
 
-# Lengths in steps of this many positions, so that prompts of similar length share one compilation.
+# Lengths are rounded up to steps of at least this many positions, so that similar ones share one compilation.
 STEP = 64
 
 
@@ -75,7 +75,9 @@ def steps(
 
 
 def _round_up(n: int) -> int:
-    return -(-n // STEP) * STEP
+    """To a multiple of STEP, and of long ones to four lengths for each doubling: at most a quarter more than n."""
+    step = max(STEP, 2 ** (n.bit_length() - 3))
+    return -(-n // step) * step
 
 
 def stream(
@@ -87,6 +89,7 @@ def stream(
     sampling: Sampling | None = None,
     seed: int = 0,
     stop: Sequence[str] = (),
+    message: bool = False,
 ) -> Generator[tuple[int, str], None, list[Continuation]]:
     """Continues prompts and yields text as it becomes final.
 
@@ -99,6 +102,8 @@ def stream(
         sampling: default: greedy.
         seed: of the sampling. A prompt's text depends on it and the prompt, not on the rest of the batch.
         stop: strings that end a text and are not part of it.
+        message: the continuation is a text of its own, as a chat's answer is, and not the prompt's next words: of a
+            tokenizer that puts a space before every text (Mixtral's) that space is none of it.
 
     Yields:
         (row, piece), once for every token sampled: the text of prompt number `row` that is final now. It is empty while a
@@ -111,7 +116,7 @@ def stream(
         UserError: nothing to do, or a prompt too long for the model.
     """
     contexts = _contexts(weights.config, tokenizer, prompts, max_tokens)
-    streams = [TextStream(tokenizer, context, stop) for context in contexts]
+    streams = [TextStream(tokenizer, [] if message else context, stop) for context in contexts]
     tokens: list[list[int]] = [[] for _ in contexts]
     texts, reasons = [""] * len(contexts), ["length"] * len(contexts)
     active = np.ones(len(contexts), bool)

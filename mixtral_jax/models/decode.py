@@ -22,12 +22,8 @@ from mixtral_jax.models.moe import separate_spec
 from mixtral_jax.sharding import constrain, param_spec
 
 EXPERTS = ("w_gate_EDF", "w_up_EDF", "w_down_EFD")
-ROUTER_AND_NORMS = (
-    "w_router_DE",
-    "router_bias_E",
-    "attention_norm_D",
-    "experts_norm_D",
-)  # float32 wherever they are used
+# Float32 wherever they are used; everything else is cast to the compute dtype.
+FLOAT32 = ("w_router_DE", "router_bias_E", "attention_norm_D", "experts_norm_D", "final_norm_D")
 
 
 @jax.tree_util.register_dataclass
@@ -92,7 +88,7 @@ def _split_layer(layers: Block, i):
         delattr(block, name)
     for name, param in list(vars(block).items()):
         if isinstance(param, nnx.Param):
-            value = param[...] if name in ROUTER_AND_NORMS else param[...].astype(c.dtype)
+            value = param[...] if name in FLOAT32 else param[...].astype(c.dtype)
             if not mesh.empty:
                 value = lax.with_sharding_constraint(value, param_spec(name, value.ndim))
             setattr(block, name, nnx.Param(value))

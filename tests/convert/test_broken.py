@@ -187,16 +187,16 @@ def test_a_failing_disk_in_the_middle_of_an_import_leaves_nothing(tmp_path, monk
     source = sources.mixtral(tmp_path / "in" / "hf")
     calls = []
 
-    def rows(self, name, start, stop):
+    def read(self, name, index):
         calls.append(name)
         if len(calls) == 5:
             raise OSError("Input/output error")
-        return original(self, name, start, stop)
+        return original(self, name, index)
 
     from mixtral_jax.convert.shards import Shards
 
-    original = Shards.rows
-    monkeypatch.setattr(Shards, "rows", rows)
+    original = Shards.read
+    monkeypatch.setattr(Shards, "read", read)
     assert main(["import", f"--from={source}", f"--to={tmp_path / 'run'}"]) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 

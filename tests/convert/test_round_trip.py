@@ -159,6 +159,9 @@ def test_export_casts_and_a_trained_checkpoint_exports(tmp_path):
     store_run(trained, config.to_dict())
     convert("verify", source, trained)
     convert("verify", source, trained / "checkpoints" / "7")
+    # A model of bytes: the export says their BOS and EOS.
+    config = json.loads((convert("export", trained, tmp_path / "bytes") / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (256, 257)
 
 
 def test_defaults_are_those_of_the_base_config():

@@ -99,7 +99,7 @@ def test_mistakes_are_explained(tmp_path, capsys):
         assert main(["upcycle", f"--from={source}", f"--to={tmp_path / 'run'}", *arguments]) == 2
         assert text in capsys.readouterr().err
     mixtral = sources.mixtral(tmp_path / "mixtral")
-    assert main(["upcycle", f"--from={mixtral}", f"--to={tmp_path / 'run'}"]) == 2
+    assert main(["upcycle", f"--from=hf:{mixtral}", f"--to={tmp_path / 'run'}"]) == 2
     assert "upcycle reads mistral and llama" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

@@ -12,8 +12,8 @@ import transformers
 from tests.golden import reference
 
 
-def build(shape: dict) -> transformers.MixtralForCausalLM:
-    """transformers' model of a shape of reference.py with its weights, float32, eager attention."""
+def build(shape: dict, weights: dict[str, np.ndarray] | None = None) -> transformers.MixtralForCausalLM:
+    """transformers' model of a shape of reference.py, float32, eager attention; weights by our names, default its own."""
     config = transformers.MixtralConfig(
         vocab_size=shape["vocab_size"],
         hidden_size=shape["d_model"],
@@ -31,7 +31,7 @@ def build(shape: dict) -> transformers.MixtralForCausalLM:
         experts_implementation="eager",
     )
     model = transformers.MixtralForCausalLM(config)
-    state = reference.to_hugging_face(reference.weights(shape))
+    state = reference.to_hugging_face(reference.weights(shape) if weights is None else weights)
     state = {name: torch.tensor(np.ascontiguousarray(a)) for name, a in state.items()}
     model.load_state_dict(state, strict=True)
     return model

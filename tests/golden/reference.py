@@ -27,16 +27,26 @@ SHAPES = {
     "window_top3": BASE
     | dict(vocab_size=50, num_kv_heads=4, d_ff=40, num_experts=6, experts_per_token=3, sliding_window=7),
 }
+# Compared live only, without stored goldens.
+LIVE = SHAPES | {
+    "one_key_head": BASE
+    | dict(
+        vocab_size=97, num_layers=2, d_model=64, num_heads=8, num_kv_heads=1, d_ff=80, num_experts=3, rope_theta=5e5
+    ),
+    "deep_top4_of_16": BASE
+    | dict(num_layers=5, d_model=48, num_heads=3, num_kv_heads=3, head_dim=32, num_experts=16, experts_per_token=4),
+    "narrow_window_top4_of_5": BASE
+    | dict(d_ff=112, num_experts=5, experts_per_token=4, num_kv_heads=1, rope_theta=1e5, sliding_window=5),
+}
 ROWS, LENGTH, PADDED = 3, 24, 9  # the last row is PADDED tokens long, the rest of it is padding
 
 
-def weights(shape: dict) -> dict[str, np.ndarray]:
-    """Random float32 weights by our names. RandomState: its stream is frozen for ever. Large enough to route sharply."""
-    rng = np.random.RandomState(0)
+def dimensions(shape: dict) -> dict[str, tuple[int, ...]]:
+    """The parameters by our names."""
     s = shape
     l, d, n, g, h = s["num_layers"], s["d_model"], s["num_heads"], s["num_kv_heads"], s["head_dim"]
     f, e, v = s["d_ff"], s["num_experts"], s["vocab_size"]
-    dims = {
+    return {
         "embedding_VD": (v, d),
         "layers.attention_norm_D": (l, d),
         "layers.w_q_DNH": (l, d, n, h),
@@ -51,6 +61,12 @@ def weights(shape: dict) -> dict[str, np.ndarray]:
         "final_norm_D": (d,),
         "head_DV": (d, v),
     }
+
+
+def weights(shape: dict) -> dict[str, np.ndarray]:
+    """Random float32 weights by our names. RandomState: its stream is frozen for ever. Large enough to route sharply."""
+    rng = np.random.RandomState(0)
+    dims = dimensions(shape)
     norm = {name: 1.0 if "norm" in name else 0.0 for name in dims}
     return {name: (norm[name] + 0.2 * rng.standard_normal(size)).astype(np.float32) for name, size in dims.items()}
 
