@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from mixtral_jax.config import AXES, UserError
+from mixtral_jax.config import AXES, RunError, UserError
 from mixtral_jax.generate.terminal import converse, say, show
 from mixtral_jax.progress import messages
 
@@ -28,6 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
@@ -67,11 +70,13 @@ def _run(arguments: argparse.Namespace) -> None:
     sizes = _mesh_sizes(arguments.mesh)
     import jax
 
+    from mixtral_jax import compilation_cache
     from mixtral_jax.generate import Sampling
     from mixtral_jax.load import load, stored_tokenizer
     from mixtral_jax.models.decode import prepare
     from mixtral_jax.resolve import resolve_checkpoint
 
+    compilation_cache.enable()
     a = arguments
     sampling = Sampling(a.temperature, a.top_k, a.top_p, a.min_p)
     checkpoint = resolve_checkpoint(a.checkpoint, a.step)
