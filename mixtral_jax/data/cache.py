@@ -161,8 +161,8 @@ def _build(
         logger.info("%d empty documents were left out", index["empty"])
     if progress:
         said = "; ".join(
-            f"{split}: {_total(index, split, 'documents'):,} documents, {_total(index, split, 'tokens'):,} tokens"
-            for split in SPLITS
+            f"{shown}: {_total(index, split, 'documents'):,} documents, {_total(index, split, 'tokens'):,} tokens"
+            for split, shown in zip(SPLITS, ("train", "held out"))
         )
         logger.info("tokenised %s in %.1f s", said, time.perf_counter() - start)
 
