@@ -6,8 +6,9 @@ import jax
 
 from mixtral_jax.checkpoint import Checkpoints, load_run
 from mixtral_jax.config import AXES, Config, MeshConfig, ModelConfig, UserError, from_config_dict, resolve_mesh
+from mixtral_jax.convert.foreign import Foreign
+from mixtral_jax.convert.ours import Ours
 from mixtral_jax.convert.restore import restore
-from mixtral_jax.convert.weights import Foreign, Ours
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.models import mixtral
 from mixtral_jax.models.decode import FLOAT32
