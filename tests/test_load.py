@@ -87,7 +87,11 @@ def bytes_read(monkeypatch) -> list[int]:
 def test_hf_weights_arrive_on_any_mesh_and_every_byte_is_read_once(tmp_path, monkeypatch, bytes_read, kind, axes):
     monkeypatch.setattr(layout, "BLOCK_BYTES", 700)  # the model is small: several blocks of each tensor
     folder, like, want = source(tmp_path / "hf", kind), abstract(SHAPE, **axes), reference.weights(SHAPE)
-    assert_holds(restore_weights(f"hf:{folder}", like), want, like)
+    mesh = named_leaves(like)["head_DV"].sharding.mesh
+    with jax.set_mesh(mesh):  # as in a training run
+        model = restore_weights(f"hf:{folder}", like)
+        assert jax.sharding.get_abstract_mesh() == mesh.abstract_mesh
+    assert_holds(model, want, like)
     # What is whole on several devices is read once, and what is cut is read in its parts.
     assert sum(bytes_read) == sum(a.nbytes for a in want.values())
 
