@@ -6,8 +6,9 @@ import jax
 
 from mixtral_jax.checkpoint import Checkpoints, DamagedError
 from mixtral_jax.config import AXES, Config, MeshConfig, ModelConfig, UserError, from_config_dict, resolve_mesh
+from mixtral_jax.convert.foreign import Foreign
+from mixtral_jax.convert.ours import Ours
 from mixtral_jax.convert.restore import restore
-from mixtral_jax.convert.weights import Foreign, Ours, Weights
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.fingerprint import fingerprints
 from mixtral_jax.models import mixtral
@@ -62,28 +63,19 @@ def restore_weights(checkpoint: str | Checkpoint, like: mixtral.Mixtral) -> mixt
         the model, on those shardings.
 
     Raises:
-        UserError: files of others are damaged, or the weights are another model's: the parameters or the keys are named.
-        DamagedError: a checkpoint of ours cannot be read, or is not what was saved.
+        UserError: the checkpoint cannot be read, or is of another model: the parameters or the keys are named.
+        DamagedError: what was read is not what was saved.
     """
     checkpoint = _resolved(checkpoint)
-    if checkpoint.step is None:
-        return _read(Foreign(checkpoint.folder), checkpoint, like)
-    try:
-        model = _read(Ours(checkpoint, in_order=False), checkpoint, like)
-    except UserError:
-        raise
-    except (OSError, KeyError, ValueError) as error:  # what JSON, Orbax's files and tensorstore raise
-        raise DamagedError(f"{checkpoint} is damaged: {str(error).splitlines()[0][:300]}") from error
-    _verify(checkpoint, model)
-    return model
-
-
-def _read(weights: Weights, checkpoint: Checkpoint, like):
+    weights = Foreign(checkpoint.folder) if checkpoint.step is None else Ours(checkpoint, in_order=False)
     try:
         _check_settings(checkpoint, weights.config.model, like.config)
-        return restore(weights, like)
+        model = restore(weights, like)
     finally:
         weights.close()
+    if checkpoint.step is not None:
+        _verify(checkpoint, model)
+    return model
 
 
 def _verify(checkpoint: Checkpoint, model) -> None:

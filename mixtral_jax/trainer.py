@@ -140,12 +140,13 @@ def _due(train: TrainConfig, step: int, stopping: bool) -> set[str]:
 
 def _timed(reader: Iterator, breakdown: Breakdown) -> Iterator:
     """Yields what the reader yields; waiting for it counts as data_wait."""
-    while True:
-        with breakdown.measure("data_wait"):
-            item = next(reader, None)
-        if item is None:
-            return
-        yield item
+    with contextlib.closing(reader):
+        while True:
+            with breakdown.measure("data_wait"):
+                item = next(reader, None)
+            if item is None:
+                return
+            yield item
 
 
 def _interlude(run: Run, step: int, due: set[str], data_state: dict) -> None:

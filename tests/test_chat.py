@@ -105,11 +105,16 @@ def test_what_mistral_common_refuses_is_refused(v1, mistral):
         encode_chat(v1, talk("user a", "tool x", "user c"))
 
 
-def test_a_tokenizer_of_a_later_format_is_refused():
+def test_a_tokenizer_of_a_later_format_is_refused(tmp_path, capsys):
     later = next(path for path in DATA.iterdir() if path.name.endswith(".model.v3"))
     tokenizer = SentencePieceTokenizer(later.read_bytes(), later.name)
     with pytest.raises(UserError, match="knows v1 only"):
         encode_chat(tokenizer, talk("user Hello"))
+    # By the command before weights are read: here there are none.
+    (tmp_path / "checkpoints" / "1" / "params").mkdir(parents=True)
+    tokenizer.save(tmp_path / "tokenizer")
+    assert main([f"--checkpoint={tmp_path}", "--chat"]) == 2
+    assert "knows v1 only" in capsys.readouterr().err
 
 
 def drained(pieces):

@@ -16,9 +16,9 @@ from mixtral_jax.checkpoint import Checkpoints
 from mixtral_jax.config import UserError
 from mixtral_jax.convert import layout, restore
 from mixtral_jax.convert.__main__ import main as convert
+from mixtral_jax.convert.foreign import Foreign
 from mixtral_jax.convert.shards import Shards
 from mixtral_jax.convert.transfer import Transfer
-from mixtral_jax.convert.weights import Foreign
 from mixtral_jax.generate import generate
 from mixtral_jax.generate.__main__ import main as generate_main
 from mixtral_jax.load import load, restore_weights, stored_corpus, stored_tokenizer
@@ -88,7 +88,11 @@ def bytes_read(monkeypatch) -> list[int]:
 def test_hf_weights_arrive_on_any_mesh_and_every_byte_is_read_once(tmp_path, monkeypatch, bytes_read, kind, axes):
     monkeypatch.setattr(layout, "BLOCK_BYTES", 700)  # the model is small: several blocks of each tensor
     folder, like, want = source(tmp_path / "hf", kind), abstract(SHAPE, **axes), reference.weights(SHAPE)
-    assert_holds(restore_weights(f"hf:{folder}", like), want, like)
+    mesh = named_leaves(like)["head_DV"].sharding.mesh
+    with jax.set_mesh(mesh):  # as in a training run
+        model = restore_weights(f"hf:{folder}", like)
+        assert jax.sharding.get_abstract_mesh() == mesh.abstract_mesh
+    assert_holds(model, want, like)
     # What is whole on several devices is read once, and what is cut is read in its parts.
     assert sum(bytes_read) == sum(a.nbytes for a in want.values())
 
@@ -169,6 +173,19 @@ def test_a_run_is_named_by_its_workdir_or_a_folder_of_a_step(tmp_path):
     assert_holds(restore_weights(str(workdir), like), {name: 2 * a for name, a in want.items()}, like)
     assert stored_corpus(resolve_checkpoint(workdir, 2)) == "text 2"
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["10", "2"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no metadata"])
+def test_a_damaged_checkpoint_of_ours_is_explained(tmp_path, damage):
+    workdir = two_steps(tmp_path / "run")
+    params = workdir / "checkpoints" / "10" / "params"
+    if damage == "truncated":
+        largest = max((path for path in params.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+        largest.write_bytes(largest.read_bytes()[:100])
+    else:
+        (params / "_METADATA").unlink()
+    with pytest.raises(UserError, match=r"checkpoints/10.* is damaged or incomplete"):
+        restore_weights(str(workdir), abstract(SHAPE))
 
 
 def test_load_takes_all_three_kinds(tmp_path):

@@ -6,8 +6,9 @@ import numpy as np
 
 from mixtral_jax.config import Config, UserError
 from mixtral_jax.convert import layout, store
+from mixtral_jax.convert.foreign import Foreign
 from mixtral_jax.convert.transfer import Transfer
-from mixtral_jax.convert.weights import Foreign, as_float32, open_weights
+from mixtral_jax.convert.weights import as_float32, open_weights, total_bytes
 from mixtral_jax.resolve import FOREIGN, resolve_checkpoint
 
 ROUTER = "layers.w_router_DE"
@@ -81,6 +82,6 @@ def upcycle(
 
 def _write(weights: Foreign, read, folder: Path, title: str) -> Config:
     config, tokenizer = weights.config, weights.tokenizer_file()
-    with Transfer(title, weights.nbytes()) as transfer:
+    with Transfer(title, total_bytes(weights)) as transfer:
         store.write_workdir(folder, config, weights.dtypes, weights.letters, read, tokenizer, transfer.advance)
     return config

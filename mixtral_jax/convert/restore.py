@@ -11,6 +11,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from mixtral_jax.config import UserError
@@ -19,6 +20,8 @@ from mixtral_jax.convert.transfer import Transfer
 from mixtral_jax.convert.weights import BIAS, Weights
 from mixtral_jax.sharding import named_leaves
 
+# Each shard is filled by its device alone, whatever mesh the caller has set.
+NO_MESH = jax.sharding.Mesh(np.empty((), object), ())
 IN_FLIGHT = 64 * 2**20  # bytes that may be on their way to the devices
 
 logger = logging.getLogger(__name__)
@@ -49,7 +52,7 @@ def restore(weights: Weights, like):
         if name in weights.dtypes
     )
     arrays = []
-    with Transfer("load", total) as transfer:
+    with Transfer("load", total) as transfer, jax.set_mesh(NO_MESH):
         for name, leaf in leaves.items():
             pieces = _fill(weights, name, leaf, held[name], transfer)
             arrays.append(jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, pieces))

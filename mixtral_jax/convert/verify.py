@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from mixtral_jax.convert.transfer import Transfer
-from mixtral_jax.convert.weights import Weights, as_float32, open_weights, ordered
+from mixtral_jax.convert.weights import Weights, all_blocks, as_float32, open_weights, ordered, total_bytes
 
 # How we compute, not what the model is.
 _IGNORED = {"dtype", "init_std", "scan_layers", "remat", "expert_backend", "expert_block"}
@@ -53,8 +53,8 @@ def _settings(a: Weights, b: Weights) -> list[str]:
 
 def _values(a: Weights, b: Weights) -> dict[str, Difference]:
     result = {}
-    with Transfer("verify", a.nbytes()) as transfer:
-        for name, block in a.blocks():
+    with Transfer("verify", total_bytes(a)) as transfer:
+        for name, block in all_blocks(a):
             if name not in b.dtypes:
                 continue
             if name not in result:

@@ -71,7 +71,7 @@ def _run(arguments: argparse.Namespace) -> None:
     import jax
 
     from mixtral_jax import compilation_cache
-    from mixtral_jax.generate import Sampling
+    from mixtral_jax.generate import Sampling, encode_chat
     from mixtral_jax.load import load, stored_tokenizer
     from mixtral_jax.models.decode import prepare
     from mixtral_jax.resolve import resolve_checkpoint
@@ -81,6 +81,8 @@ def _run(arguments: argparse.Namespace) -> None:
     sampling = Sampling(a.temperature, a.top_k, a.top_p, a.min_p)
     checkpoint = resolve_checkpoint(a.checkpoint, a.step)
     tokenizer = stored_tokenizer(checkpoint)
+    if a.chat:
+        encode_chat(tokenizer, [{"role": "user", "content": "?"}])  # refuses a tokenizer of another format at once
     _, weights, mesh = load(checkpoint, sizes, for_decoding=True)
     stop = [s.replace("\\n", "\n").replace("\\t", "\t") for s in a.stop]
     with jax.set_mesh(mesh):

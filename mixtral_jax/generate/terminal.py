@@ -97,6 +97,6 @@ def _lines() -> Iterator[str]:
         import readline  # noqa: F401 (its import gives input() a line editor and a history)
     while True:
         try:
-            yield input("> ").strip()
+            yield input("> " if sys.stdout.isatty() else "").strip()
         except EOFError:
             return
