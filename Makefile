@@ -48,6 +48,7 @@ lint: .venv/installed-dev
 benchmark: .venv/installed
 	.venv/bin/python -m benchmarks.experts
 	.venv/bin/python -m benchmarks.compile_time
+	.venv/bin/python -m benchmarks.data
 
 clean:
 	rm -rf .venv .venv-parity runs reports
