@@ -12,7 +12,9 @@ from mixtral_jax import cli
 from mixtral_jax.config import UserError
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's workdir, WORKDIR/checkpoints/STEP or hf:DIR.")
-_STEP = flags.DEFINE_integer("step", None, "Of a workdir, which checkpoint; default: the newest.")
+_STEP = flags.DEFINE_string(
+    "step", None, "Of a workdir, which checkpoint: a number, or best (lowest held-out loss); default: the newest."
+)
 _EVALS = flags.DEFINE_list("evals", ["perplexity", "baselines"], "Which evaluations, separated by commas.")
 _OUT = flags.DEFINE_string("out", None, "Folder for results.json, for example reports/tiny.")
 
@@ -24,9 +26,11 @@ def main() -> None:
             raise UserError(f"--{name} is missing; for example --checkpoint=runs/tiny --out=reports/tiny")
     from mixtral_jax import compilation_cache
     from mixtral_jax.evals import run
+    from mixtral_jax.resolve import parse_step
 
+    step = None if _STEP.value is None else parse_step(_STEP.value)
     compilation_cache.enable()
-    run.evaluate(_CHECKPOINT.value, _STEP.value, _EVALS.value, _OUT.value)
+    run.evaluate(_CHECKPOINT.value, step, _EVALS.value, _OUT.value)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
 import dataclasses
 from pathlib import Path
 
+from mixtral_jax.checkpoint import Checkpoints
 from mixtral_jax.config import UserError
 
-FOREIGN = "hf:"
+FOREIGN, BEST = "hf:", "best"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,12 +20,23 @@ class Checkpoint:
         return f"{FOREIGN}{self.folder}" if self.step is None else f"{self.folder}, step {self.step}"
 
 
-def resolve_checkpoint(spec: str | Path, step: int | None = None) -> Checkpoint:
-    """Finds what a checkpoint's name means; nothing is read yet.
+def parse_step(text: str) -> int | str:
+    """Reads the value of --step: a number, or "best".
+
+    Raises:
+        UserError: it is neither.
+    """
+    if text == BEST or text.isdecimal():
+        return text if text == BEST else int(text)
+    raise UserError(f"--step={text}; give the number of a checkpoint, or best (the one of the lowest held-out loss)")
+
+
+def resolve_checkpoint(spec: str | Path, step: int | str | None = None) -> Checkpoint:
+    """Finds what a checkpoint's name means; no array is read yet.
 
     Args:
         spec: a workdir (its newest step), `WORKDIR/checkpoints/STEP`, or `hf:DIR`.
-        step: of a workdir, one of its steps instead of the newest.
+        step: of a workdir, one of its steps instead of the newest; "best" is that of the lowest held-out loss.
 
     Raises:
         UserError: there is no such checkpoint.
@@ -41,12 +53,28 @@ def resolve_checkpoint(spec: str | Path, step: int | None = None) -> Checkpoint:
         return Checkpoint(path.absolute().parent.parent, int(path.name))
     if is_foreign(path):
         raise UserError(f"{path} is no run of ours; for files of Hugging Face's or Mistral's write hf:{path}")
+    if step == BEST:
+        step = _best(path)
     folder = path / "checkpoints"
     steps = [int(p.name) for p in folder.glob("*") if p.name.isdecimal() and (p / "params").is_dir()]
     if step not in (None, *steps) or not steps:
         there = ", ".join(map(str, sorted(steps))) or "none"
         raise UserError(f"{path} has no checkpoint {'' if step is None else f'of step {step} '}(there: {there})")
     return Checkpoint(path, max(steps) if step is None else step)
+
+
+def _best(workdir: Path) -> int:
+    best = None
+    if (workdir / "checkpoints").is_dir():
+        checkpoints = Checkpoints(workdir)
+        best = checkpoints.best()
+        checkpoints.close()
+    if best is None:
+        raise UserError(
+            f"{workdir} has no checkpoint whose held-out loss is known; it is where train.eval_every and "
+            "train.checkpoint_every meet. Leave --step out for the newest"
+        )
+    return best
 
 
 def is_foreign(path: Path) -> bool:

@@ -1,5 +1,6 @@
 """Weights by any name: a workdir, one of its steps, hf:DIR; and each process reads what its own devices hold."""
 
+import json
 import os
 import re
 import socket
@@ -12,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mixtral_jax.checkpoint import Checkpoints
+from mixtral_jax.checkpoint import Checkpoints, DamagedError, sealed
 from mixtral_jax.config import UserError
 from mixtral_jax.convert import layout, restore
 from mixtral_jax.convert.__main__ import main as convert
@@ -24,7 +25,7 @@ from mixtral_jax.generate.__main__ import main as generate_main
 from mixtral_jax.load import load, restore_weights, stored_corpus, stored_tokenizer
 from mixtral_jax.models import mixtral
 from mixtral_jax.models.decode import prefill
-from mixtral_jax.resolve import Checkpoint, resolve_checkpoint
+from mixtral_jax.resolve import Checkpoint, parse_step, resolve_checkpoint
 from mixtral_jax.sharding import named_leaves, tree_shardings
 from mixtral_jax.workdir import store_run
 from tests.convert import sources
@@ -159,7 +160,12 @@ def two_steps(workdir: Path, **overrides) -> Path:
     checkpoints = Checkpoints(workdir, keep=2)
     for step, factor in ((2, 1), (10, 2)):
         model = jax.tree.unflatten(jax.tree.structure(like), [jax.numpy.asarray(factor * a) for a in leaves])
-        checkpoints.save(step, model, {"count": jax.numpy.zeros(())}, {"identity": {"corpus": f"text {step}"}})
+        checkpoints.save(
+            step,
+            model,
+            {"count": jax.numpy.zeros(())},
+            {"identity": {"corpus": f"text {step}"}, "heldout_loss": float(factor)},
+        )
     checkpoints.close()
     return workdir
 
@@ -171,6 +177,10 @@ def test_a_run_is_named_by_its_workdir_or_a_folder_of_a_step(tmp_path):
     assert resolve_checkpoint(workdir, 2) == resolve_checkpoint(workdir / "checkpoints" / "2") == Checkpoint(workdir, 2)
     assert_holds(restore_weights(str(workdir / "checkpoints" / "2"), like), want, like)
     assert_holds(restore_weights(str(workdir), like), {name: 2 * a for name, a in want.items()}, like)
+    assert resolve_checkpoint(workdir, parse_step("best")) == Checkpoint(workdir, 2), "the lowest held-out loss"
+    assert parse_step("12") == 12
+    with pytest.raises(UserError, match="--step=newest"):
+        parse_step("newest")
     assert stored_corpus(resolve_checkpoint(workdir, 2)) == "text 2"
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["10", "2"]
 
@@ -186,6 +196,23 @@ def test_a_damaged_checkpoint_of_ours_is_explained(tmp_path, damage):
         (params / "_METADATA").unlink()
     with pytest.raises(UserError, match=r"checkpoints/10.* is damaged or incomplete"):
         restore_weights(str(workdir), abstract(SHAPE))
+
+
+def test_weights_that_are_not_what_was_saved_are_refused(tmp_path):
+    """Whatever the disk did: here the metadata says so, because a flipped bit usually breaks the compression first."""
+    workdir = two_steps(tmp_path / "run")
+    path = workdir / "checkpoints" / "10" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    saved = meta["arrays"]["params"]["final_norm_D"]["fingerprint"]
+    meta["arrays"]["params"]["final_norm_D"]["fingerprint"] = saved[::-1]
+    path.write_text(json.dumps(sealed(meta)))
+    with pytest.raises(DamagedError, match=r"step 10 is damaged: final_norm_D are not what was saved"):
+        restore_weights(str(workdir), abstract(SHAPE))
+    assert_holds(
+        restore_weights(str(workdir), abstract(SHAPE, dtype="bfloat16")),
+        {name: 2 * a for name, a in reference.weights(SHAPE).items()},
+        abstract(SHAPE, dtype="bfloat16"),
+    )
 
 
 def test_load_takes_all_three_kinds(tmp_path):

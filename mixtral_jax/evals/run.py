@@ -17,7 +17,7 @@ from mixtral_jax.resolve import resolve_checkpoint
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def evaluate(spec: str, step: int | None, names: list[str], out: str) -> dict[str, dict[str, float]]:
+def evaluate(spec: str, step: int | str | None, names: list[str], out: str) -> dict[str, dict[str, float]]:
     """Runs the named evaluations on a checkpoint (see resolve.py), prints a table, and writes OUT/results.json.
 
     Raises:

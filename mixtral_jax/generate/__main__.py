@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run's workdir, WORKDIR/checkpoints/STEP or hf:DIR")
-    add("--step", type=int, help="of a workdir, which checkpoint (default: the newest)")
+    add("--step", help="of a workdir, which checkpoint: a number, or best (default: the newest)")
     add("--prompt", action="append", default=[], help="text to continue; give it several times for a batch")
     add("--chat", action="store_true", help="talk in Mixtral-8x7B-Instruct's format; with --prompt, answer and end")
     add("--system", default="", help="a system prompt for --chat")
@@ -74,12 +74,12 @@ def _run(arguments: argparse.Namespace) -> None:
     from mixtral_jax.generate import Sampling, encode_chat
     from mixtral_jax.load import load, stored_tokenizer
     from mixtral_jax.models.decode import prepare
-    from mixtral_jax.resolve import resolve_checkpoint
+    from mixtral_jax.resolve import parse_step, resolve_checkpoint
 
     compilation_cache.enable()
     a = arguments
     sampling = Sampling(a.temperature, a.top_k, a.top_p, a.min_p)
-    checkpoint = resolve_checkpoint(a.checkpoint, a.step)
+    checkpoint = resolve_checkpoint(a.checkpoint, None if a.step is None else parse_step(a.step))
     tokenizer = stored_tokenizer(checkpoint)
     if a.chat:
         encode_chat(tokenizer, [{"role": "user", "content": "?"}])  # refuses a tokenizer of another format at once
