@@ -1,6 +1,8 @@
 """What goes wrong in a long run, done to real processes: signals, two runs, damage, full, read-only and vanished disks."""
 
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -254,3 +256,15 @@ def test_a_run_goes_on_on_other_devices(tmp_path, changes):
             for name in ("loss", "token_loss", "balance_loss", "gradient_norm"):
                 assert line[name] == pytest.approx(want[line["step"]][name], rel=1e-5), (devices, axes, name)
             assert line["tokens"] == want[line["step"]]["tokens"]
+
+
+@pytest.mark.slow
+def test_a_run_that_does_not_fit_says_what_fills_the_memory_and_what_would_help(tmp_path, changes):
+    """In an address space of 6 GiB; attention scores of 16,384 positions take more."""
+    changes |= dict(model__max_seq_len=16384, train__seq_len=16384, train__batch_size=1, mesh__fsdp=1)
+    line = shlex.join(command(tmp_path / "run", **changes))
+    out = run(["bash", "-c", f"ulimit -v {6 * 2**20}; exec {line}"], expect=1)
+    assert "error: out of memory on a CPU device" in out
+    assert "attention scores of a layer, 1 x 4 heads x 16384 x 16384" in out
+    for knob in (r"  1\. ", r"  2\. ", r"  3\. ", r"mesh\.tensor=2 \(now 1\)", r"model\.remat=\w+ \(now none\)"):
+        assert re.search(knob, out), knob
