@@ -223,8 +223,9 @@ def transformers_generate(name: str, rows: list[list[int]], n: int):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("lengths", [(9,), LENGTHS], ids=["batch 1", "ragged batch of 5"])
-@pytest.mark.parametrize("name", reference.LIVE)
+@pytest.mark.parametrize(
+    ("name", "lengths"), [*((name, LENGTHS) for name in reference.LIVE), *((name, (9,)) for name in reference.SHAPES)]
+)
 @pytest.mark.filterwarnings("default")
 def test_greedy_equals_transformers_generate(name, lengths):
     n = 256

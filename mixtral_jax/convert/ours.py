@@ -16,7 +16,7 @@ from mixtral_jax.resolve import Checkpoint
 from mixtral_jax.sharding import named_leaves
 from mixtral_jax.workdir import load_run
 
-CACHE_BYTES = 256 * 2**20
+CACHE_BYTES = 128 * 2**20
 
 
 class Ours:

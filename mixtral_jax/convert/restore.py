@@ -88,7 +88,7 @@ def _fill(weights: Weights, name: str, leaf, held: dict, transfer: Transfer) -> 
     The parts advance together, because those that differ in columns lie in the same pages and chunks of the files.
     """
     shape = leaf.sharding.shard_shape(leaf.shape)
-    shards = [[jnp.zeros(shape, leaf.dtype, device=device) for device in devices] for devices in held.values()]
+    shards = [[_zeros(shape, leaf.dtype, device) for device in devices] for devices in held.values()]
     if name not in weights.dtypes:
         return [piece for pieces in shards for piece in pieces]
     waiting = 0
@@ -104,6 +104,12 @@ def _fill(weights: Weights, name: str, leaf, held: dict, transfer: Transfer) -> 
                 waiting = 0
             transfer.advance(values.nbytes)
     return [piece for pieces in jax.block_until_ready(shards) for piece in pieces]
+
+
+def _zeros(shape: tuple[int, ...], dtype, device: jax.Device) -> jax.Array:
+    """Made where it stays: jnp.zeros(device=...) makes it on the first device and copies it."""
+    with jax.default_device(device):
+        return jax.device_put(jnp.zeros(shape, dtype), device)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
