@@ -11,3 +11,5 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Commands that are called within the suite's process would turn it on; what is tested is what is compiled.
+jax.config.update("jax_enable_compilation_cache", False)

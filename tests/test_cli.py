@@ -56,5 +56,5 @@ def test_generate_explains_itself_and_its_mistakes():
         assert word in done.stdout
     done = command("-m", "mixtral_jax.generate", "--checkpoint=nowhere", "--prompt=x")
     assert done.returncode == 2
-    assert "config.json does not exist" in done.stderr
+    assert "nowhere is no directory; give a run's workdir" in done.stderr
     assert "Traceback" not in done.stderr

@@ -86,6 +86,7 @@ def settings(monkeypatch):
     assert before["jax_compilation_cache_dir"] is None, "the suite must not run with a cache"
     for name in names:
         monkeypatch.delenv(name.upper(), raising=False)
+    jax.config.update("jax_enable_compilation_cache", True)  # conftest.py turns it off
     yield monkeypatch
     for name, value in before.items():
         jax.config.update(name, value)
