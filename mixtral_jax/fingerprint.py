@@ -11,14 +11,15 @@ import numpy as np
 from mixtral_jax.sharding import named_leaves
 
 GOLDEN = np.uint32(0x9E3779B1)  # 2^32 over the golden ratio, odd (Knuth's multiplicative hashing)
+SEEDS = (np.uint32(0), np.uint32(0x243F6A88))
 
 
 def fingerprints(tree) -> dict[str, str]:
     """Returns name -> 16 hexadecimal digits for every leaf.
 
-    Two sums modulo 2^32 over the elements' bits, each element times an odd weight that depends on its place. Integer
-    sums do not depend on order, so any mesh gives the same; an odd weight is invertible, so no change of a single
-    element can escape, and others do with probability 2^-64.
+    Two sums modulo 2^32 over the elements, each hashed with its place (MurmurHash3's finaliser, two seeds). Sums of
+    integers do not depend on order, so any mesh gives the same. The hash is one to one, so no change of a single element
+    can escape; others do with probability about 2^-64.
     """
     found = _sums(named_leaves(tree))
     return {name: "".join(f"{int(part):08x}" for part in pair) for name, pair in jax.device_get(found).items()}
@@ -39,7 +40,11 @@ def _pair(leaf) -> tuple[jax.Array, jax.Array]:
     place = jnp.zeros(leaf.shape, jnp.uint32)
     for axis, size in enumerate(leaf.shape):
         place = place * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-    one = (place * GOLDEN) | np.uint32(1)
-    other = ((place ^ (place >> 15)) * np.uint32(0x85EBCA77)) | np.uint32(1)
-    # + 1, so that zeros count: an array of zeros of another place would otherwise look like any other.
-    return ((bits + 1) * one).sum(dtype=jnp.uint32), ((bits ^ (bits >> 16)) * other).sum(dtype=jnp.uint32)
+    return tuple(_mixed(bits + place * GOLDEN + seed).sum(dtype=jnp.uint32) for seed in SEEDS)
+
+
+def _mixed(h):
+    """The finaliser of MurmurHash3 (Appleby, 2011), a bijection of 32 bits in which every bit moves every other."""
+    h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)

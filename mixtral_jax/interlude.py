@@ -62,7 +62,9 @@ def save(run: Run, step: int, data_state: dict, heldout_loss: float | None = Non
     if not (run.workdir / "config.json").exists():
         with contextlib.suppress(OSError):  # the folder vanished; if it cannot be made again, the save says so
             run.workdir.mkdir(parents=True, exist_ok=True)
+            (run.workdir / "tensorboard").mkdir(exist_ok=True)
             store(run.workdir, run.config, run.tokenizer)
+            run.writer.write("session", step, run.session)
     watch_saves(run, run.checkpoints.finish)  # of the one before: its failure must not keep this one from starting
     watch_saves(run, lambda: run.checkpoints.save(step, run.state.params, run.state.opt_state, meta, data_state))
 
@@ -85,8 +87,12 @@ def watch_saves(run: Run, act: Callable) -> None:
 
 def is_finished(run: Run) -> bool:
     """Whether the final evaluation of the last step is already written."""
+    return _is_written(run, "final", run.config.train.steps)
+
+
+def _is_written(run: Run, kind: str, step: int) -> bool:
     lines = read_jsonl(run.workdir / "metrics.jsonl")
-    return any(line["kind"] == "final" and line["step"] == run.config.train.steps for line in lines)
+    return any(line["kind"] == kind and line["step"] == step for line in lines)
 
 
 def finish(run: Run, baselines: Callable, values: dict | None) -> dict[str, float]:
@@ -95,7 +101,8 @@ def finish(run: Run, baselines: Callable, values: dict | None) -> dict[str, floa
     run.progress.note("evaluating on the whole held-out split ...")
     found = run.heldout(run.state.params, None)
     final = {name: found[name] for name in ("loss", "bits_per_byte", "tokens")} | baselines(run.config, run.corpus)
-    run.writer.write("heldout", steps, {name: found[name] for name in ("loss", "bits_per_byte")})
+    if not _is_written(run, "heldout", steps):  # else the run was stopped between this line and the next
+        run.writer.write("heldout", steps, {name: found[name] for name in ("loss", "bits_per_byte")})
     run.writer.write("final", steps, final)
     if values is not None:
         run.progress.note(metrics.router_table(values["load_LE"], values["entropy_L"], values["dropped_L"]))

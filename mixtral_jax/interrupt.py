@@ -4,13 +4,14 @@ import os
 import signal
 import types
 
-from mixtral_jax.config import RunError
-
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class InterruptedRun(RunError):
-    """A signal ended the run; its status is what a shell reports for it: 128 + the signal's number."""
+class InterruptedRun(KeyboardInterrupt):
+    """A signal ended the run; its status is what a shell reports for it: 128 + the signal's number.
+
+    It may be raised anywhere, so it is no Exception: whoever handles those would take it for a fault of what it was doing.
+    """
 
     def __init__(self, message: str, number: int):
         super().__init__(message)
@@ -20,20 +21,30 @@ class InterruptedRun(RunError):
 class Interrupt:
     """Holds the signals back until the loop asks: `with Interrupt(how) as interrupt: ... if interrupt.number: ...`.
 
-    The first signal is noted; a second one ends the run at once, as it would without this class. Before `arm()`, when
-    nothing new could be saved, the first one does so too.
+    The first signal is noted; a second one ends the run at once, as it would without this class. Before `arm()` and after
+    `disarm()`, when there is nothing to save, the first one does so too.
     """
 
     def __init__(self, how_to_resume: str):
         """Args: how_to_resume ends every message."""
         self.number: int | None = None
         self._how = how_to_resume
-        self._armed = False
+        self._idle: str | None = "before the first step; nothing was lost"
         self._before: dict[int, object] = {}
 
     def arm(self) -> None:
         """From now on there is something to save."""
-        self._armed = True
+        self._idle = None
+
+    def disarm(self, state: str) -> None:
+        """From now on all is saved; `state` says so to the user whom a signal stops.
+
+        Raises:
+            InterruptedRun: one has come already.
+        """
+        self._idle = state
+        if self.number is not None:  # it came while the last step was saved
+            raise InterruptedRun(f"stopped by {signal.Signals(self.number).name} {state}; {self._how}", self.number)
 
     def stopped(self, saved: str) -> InterruptedRun:
         """The exception with which the loop ends after it has saved."""
@@ -41,8 +52,8 @@ class Interrupt:
 
     def _received(self, number: int, frame: types.FrameType | None) -> None:
         name = signal.Signals(number).name
-        if not self._armed:
-            raise InterruptedRun(f"stopped by {name} before the first step; nothing was lost; {self._how}", number)
+        if self._idle is not None:
+            raise InterruptedRun(f"stopped by {name} {self._idle}; {self._how}", number)
         if self.number is not None:
             raise InterruptedRun(f"stopped by a second {name} without a save; {self._how}", number)
         self.number = number

@@ -2,7 +2,8 @@
 
 Every line has "kind", "step" and "time" (seconds since 1970); the rest depends on the kind:
 
-    session  written at each start of the run, `step` is the one it resumes from; never dropped
+    session  written at each start of the run, `step` is the one it resumes from; never dropped;
+             started (seconds since 1970), process, host
     train    loss, token_loss (nats per token), balance_loss, router_z_loss, z_loss, gradient_norm, learning_rate,
              tokens, trained_tokens (those with a loss), tokens_per_second, mfu;
              data_wait_seconds, step_seconds, compile_seconds, checkpoint_seconds, eval_seconds, sample_seconds and
@@ -109,14 +110,14 @@ def make_line(kind: str, step: int, values: Mapping[str, Any]) -> dict[str, Any]
 
 
 def first_start(path: str | os.PathLike) -> float | None:
-    """When the run was first started, seconds since 1970: the time of the first session line; None if there is none.
+    """When the run was first started, seconds since 1970: what the first session line says; None if there is none.
 
     Raises:
         UserError: a line other than the last is not a JSON object.
     """
     path = Path(path)
     lines = read_jsonl(path) if path.exists() else []
-    return next((line["time"] for line in lines if line.get("kind") == "session"), None)
+    return next((line.get("started", line["time"]) for line in lines if line.get("kind") == "session"), None)
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from mixtral_jax import load
 from mixtral_jax.checkpoint import Checkpoints, DamagedError
 from mixtral_jax.config import Config, RunError, UserError
 from mixtral_jax.data import Corpus, load_tokenizer
+from mixtral_jax.resolve import resolve_checkpoint
 from mixtral_jax.sharding import replicated
 from mixtral_jax.step import TrainState, abstract_state, init_state
 
@@ -145,14 +145,9 @@ def _warm_start(config: Config, optimizer, mesh, tokenizer, note: Callable) -> S
 
 def _same_tokenizer(source: str, tokenizer, note: Callable) -> None:
     """Refuses weights that were trained with another tokenizer: their embedding would be noise."""
-    path = Path(source.removeprefix("hf:"))
-    places = (
-        [path / "tokenizer.model"]
-        if source.startswith("hf:")
-        else [path / "tokenizer", path.parent.parent / "tokenizer"]
-    )
-    place = next((place for place in places if place.exists()), None)
-    if place is None:
+    found = resolve_checkpoint(source)
+    place = found.folder / ("tokenizer.model" if found.step is None else "tokenizer")
+    if not place.exists():
         note(
             f"WARNING: {source} has no tokenizer beside it; nothing tells whether {tokenizer.name} is the one it was trained with"
         )

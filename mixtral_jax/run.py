@@ -50,6 +50,7 @@ class Run:
     writer: MetricsWriter
     throughput: Throughput
     breakdown: Breakdown
+    session: dict[str, Any]  # of its line in the metrics
     goodput: Goodput
     seconds: Counter = dataclasses.field(default_factory=Counter)  # of the breakdown, since the last train line
     steps_since_line: int = 0
@@ -76,6 +77,8 @@ def start(config: Config, workdir: Path, make_heldout: Callable) -> Run:
         RunError: there are checkpoints and all of them are damaged.
     """
     train = config.train
+    breakdown = Breakdown()
+    session = {"started": round(time.time(), 3), "process": os.getpid(), "host": socket.gethostname()}
     require_wandb(config)
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.cache_dir, config.data.heldout_fraction)
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -107,7 +110,7 @@ def start(config: Config, workdir: Path, make_heldout: Callable) -> Run:
     resume_step = -1 if found.step is None else found.step
     writer = MetricsWriter(workdir, config, resume_step, keep_going=train.continue_on_save_error)
     if (found.step or 0) < train.steps:
-        writer.write("session", found.step or 0, {"process": os.getpid(), "host": socket.gethostname()})
+        writer.write("session", found.step or 0, session)
     return Run(
         config=config,
         workdir=workdir,
@@ -126,7 +129,8 @@ def start(config: Config, workdir: Path, make_heldout: Callable) -> Run:
         progress=progress,
         writer=writer,
         throughput=Throughput(train.batch_size * train.seq_len),
-        breakdown=Breakdown(),
+        breakdown=breakdown,
+        session=session,
         goodput=Goodput(
             first_start(workdir / "metrics.jsonl") or time.time(), found.meta.get("productive_seconds", 0.0)
         ),

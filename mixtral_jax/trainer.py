@@ -1,6 +1,7 @@
 """The loop, the same for every stage: build, restore, step, look now and then, finish."""
 
 import contextlib
+import errno
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,9 @@ from mixtral_jax.sharding import make_mesh, place
 from mixtral_jax.step import abstract_state
 from mixtral_jax.timing import Breakdown, per_step
 from mixtral_jax.workdir import held
+
+# What a person put in the way: a file for a folder, a folder for a file, a folder that is not theirs.
+MISTAKES = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM)
 
 
 class NonFiniteError(RunError):
@@ -57,11 +61,17 @@ def fit(
     config = resolve_mesh(config, jax.device_count())
     workdir = Path(workdir)
     with held(workdir), Interrupt("run the same command again to go on") as interrupt:
-        with _memory_explained(config):
+        with _memory_explained(config), _files_explained():
             run = start(config, workdir, make_heldout)
         try:
             with jax.set_mesh(run.mesh), _memory_explained(config):
-                values = _train(run, interrupt, Profiler(workdir, *(profile or (0, 0))))
+                profiler = Profiler(workdir, *(profile or (0, 0)))
+                try:
+                    values = _train(run, interrupt, profiler)
+                finally:
+                    _note(run, profiler.close())
+                interlude.watch_saves(run, run.checkpoints.finish)
+                interrupt.disarm("after the last step, which is saved")
                 final = {} if interlude.is_finished(run) else interlude.finish(run, baselines, values)
         except BaseException:
             with contextlib.suppress(SaveError):  # the first error is the one to tell
@@ -87,6 +97,16 @@ def _memory_explained(config: Config) -> Iterator[None]:
             raise
         like, _ = abstract_state(config, make_optimizer(config.optim, config.train.steps), make_mesh(config.mesh))
         raise RunError(explain_oom(error, config=config, state_or_abstract=like)) from error
+
+
+@contextlib.contextmanager
+def _files_explained() -> Iterator[None]:
+    """Turns an error of a file, of the workdir or another, into one that names it: a mistake, or a fault of the disk."""
+    try:
+        yield
+    except OSError as error:
+        kind = UserError if error.errno in MISTAKES else RunError
+        raise kind(f"{error.filename or 'a file'}: {error.strerror or error}") from error
 
 
 def _train(run: Run, interrupt: Interrupt, profiler: Profiler) -> dict | None:
@@ -117,10 +137,21 @@ def _train(run: Run, interrupt: Interrupt, profiler: Profiler) -> dict | None:
             with run.throughput.pause():
                 _interlude(run, step, due, data_state)
         if interrupt.number is not None:
-            interlude.watch_saves(run, run.checkpoints.finish)
-            raise interrupt.stopped(f"step {step} is saved in {run.checkpoints.folder}/{step}")
-    _note(run, profiler.close())
+            _stop(run, interrupt, step, due, pending, data_state)
     return values
+
+
+def _stop(run: Run, interrupt: Interrupt, step: int, due: set[str], pending, data_state: dict) -> None:
+    """Saves this step, unless that was just done, and ends the run."""
+    if "save" not in due:
+        if pending is not None:
+            _log(run, *pending)
+        _interlude(run, step, {"save"}, data_state)
+    interlude.watch_saves(run, run.checkpoints.finish)
+    interlude.draw_report(run)
+    if run.save_error is not None:
+        raise interrupt.stopped(f"step {step} is NOT saved: {run.save_error}")
+    raise interrupt.stopped(f"step {step} is saved in {run.checkpoints.folder}/{step}")
 
 
 def _note(run: Run, text: str | None) -> None:

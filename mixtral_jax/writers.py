@@ -84,6 +84,14 @@ def _last_step(path: Path) -> int:
     return max((line.get("step", 0) for line in read_jsonl(path)), default=-1) if path.exists() else -1
 
 
+def _stored(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+        return {"id": str(found["id"]), "step": int(found["step"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it, and the run goes on under a new id") from error
+
+
 def tags(line: Mapping[str, Any]) -> dict[str, float | str | list[float]]:
     """Sorts the values of a line into sections, as viewers group by what stands before the slash.
 
@@ -151,10 +159,12 @@ class WandbRun:
         import wandb
 
         path = workdir / "wandb.json"
-        stored = json.loads(path.read_text()) if path.exists() else {"id": uuid.uuid4().hex[:12], "step": -1}
+        stored = _stored(path) if path.exists() else {"id": uuid.uuid4().hex[:12], "step": -1}
         # Its history only grows: a step that is there cannot be written again, and is not, whatever a crash undid.
         self._written = max(stored["step"], written) if path.exists() else -1
-        path.write_text(json.dumps({"id": stored["id"], "step": self._written}) + "\n")
+        new = path.with_name("wandb.json.new")
+        new.write_text(json.dumps({"id": stored["id"], "step": self._written}) + "\n")
+        os.replace(new, path)
         self._run = None
         try:
             self._run = wandb.init(
