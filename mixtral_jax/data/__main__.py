@@ -7,7 +7,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from mixtral_jax.config import Config, DataConfig, UserError
+from mixtral_jax.config import Config, DataConfig, RunError, UserError
 from mixtral_jax.data.arguments import data_config, parse
 from mixtral_jax.data.cache import build_cache
 from mixtral_jax.data.corpus import open_batches, open_corpus
@@ -37,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

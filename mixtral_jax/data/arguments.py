@@ -32,7 +32,8 @@ EPILOG = """examples:
   python -m mixtral_jax.data preview 2 --tokenizer=bytes --seq_len=512
   python -m mixtral_jax.data tokenizer --source=text --path=books --vocab_size=8000 --out=books.model
 
-exit status: 0 done, 2 a mistake in the arguments or bad data, explained on stderr."""
+exit status: 0 done, 2 a mistake in the arguments or bad data, 1 something went wrong on the way (a process was killed);
+explained on stderr."""
 
 
 class _Parser(argparse.ArgumentParser):

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mixtral_jax.config import RunError
+from mixtral_jax.data import __main__ as command
 from mixtral_jax.data.__main__ import main
 from mixtral_jax.data.arguments import DEFAULTS, SEQ_LEN
 from mixtral_jax.data.cache import TokenFile, build_cache
@@ -52,6 +54,15 @@ def test_build_prints_counts(flags, capsys):
     assert int(train[1]) + int(heldout[1]) == 30
     tokens, size = (int(text.replace(",", "")) for text in train[2:4])
     assert tokens == size + 2 * int(train[1])
+
+
+def test_what_goes_wrong_on_the_way_is_told_without_a_stack_trace(flags, capsys, monkeypatch):
+    def killed(*args, **kwargs):
+        raise RunError("a process was killed; run it again")
+
+    monkeypatch.setattr(command, "build_cache", killed)
+    assert main(["build", *flags]) == RunError.status == 1
+    assert capsys.readouterr().err == "error: a process was killed; run it again\n"
 
 
 def test_preview_shows_the_text(flags, capsys):
