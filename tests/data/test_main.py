@@ -133,6 +133,8 @@ def test_mistakes_exit_with_2_and_a_message(flags, capsys, extra, message):
         (["build", "--config=configs/tiny.py", "--config.data.streaming=True"], "nothing to build"),
         (["preview", "2", "--config=configs/tiny.py"], "--preview=2"),
         (["build", "--max_bad_rows=-1"], "must not be negative"),
+        (["preview", "--seed=-1"], "--seed: -1 is not from 0 to"),
+        (["preview", f"--seed={2**64}"], "is not from 0 to 2**32 - 1"),
     ],
 )
 def test_wrong_usage_exits_with_2_and_one_line(arguments, message, capsys):
