@@ -95,6 +95,15 @@ def test_tokenizer_is_trained_and_usable(flags, tmp_path, capsys):
     assert "vocabulary 280" in capsys.readouterr().out
 
 
+def test_tokenizer_skips_as_many_bad_rows_as_it_may(flags, tmp_path, capsys):
+    for name in ("07.txt", "19.txt"):
+        (tmp_path / "corpus" / name).write_bytes(b"abc\xff")
+    command = ["tokenizer", *flags, "--vocab_size=280", f"--out={tmp_path / 'my.model'}"]
+    assert main([*command, "--max_bad_rows=2"]) == 0
+    assert main([*command, "--max_bad_rows=1"]) == 2
+    assert "19.txt is not UTF-8" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
