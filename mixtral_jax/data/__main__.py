@@ -7,8 +7,9 @@ import statistics
 import sys
 from pathlib import Path
 
-from mixtral_jax.config import Config, DataConfig, UserError
+from mixtral_jax.config import Config, DataConfig, RunError, UserError
 from mixtral_jax.data.arguments import data_config, parse
+from mixtral_jax.data.bad_rows import BadRows
 from mixtral_jax.data.cache import build_cache
 from mixtral_jax.data.corpus import open_batches, open_corpus
 from mixtral_jax.data.packing import pack
@@ -37,6 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -139,7 +143,8 @@ def _speed(arguments) -> tuple[float | None, str]:
 
 def _tokenizer(arguments, config: Config | None) -> None:
     data, _ = data_config(arguments, config)
-    texts = (document.text for source in data.sources for document in documents(source))
+    bad_rows = BadRows(data.max_bad_rows)  # over the whole corpus, as for build
+    texts = (document.text for source in data.sources for document in documents(source, bad_rows))
     model = train_sentencepiece(
         (text for text in texts if not is_heldout(text, data.heldout_fraction)), arguments.vocab_size
     )

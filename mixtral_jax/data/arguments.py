@@ -32,7 +32,8 @@ EPILOG = """examples:
   python -m mixtral_jax.data preview 2 --tokenizer=bytes --seq_len=512
   python -m mixtral_jax.data tokenizer --source=text --path=books --vocab_size=8000 --out=books.model
 
-exit status: 0 done, 2 a mistake in the arguments or bad data, explained on stderr."""
+exit status: 0 done, 2 a mistake in the arguments or bad data, 1 something went wrong on the way (a process was killed);
+explained on stderr."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -131,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         "tokenizer", allow_abbrev=False, help="train a SentencePiece model on a corpus's training documents"
     )
     show.add_argument("rows", nargs="?", type=positive, default=3, help="rows to show (default: 3)")
-    show.add_argument("--seed", type=int, default=0, help="of the shuffle: train.seed (default: 0)")
+    show.add_argument("--seed", type=_seed, default=0, help="of the shuffle: train.seed (default: 0)")
     tokenizer.add_argument("--vocab_size", type=positive, required=True, help="pieces, 259 special ones included")
     tokenizer.add_argument("--out", required=True, help="the file to write; then use --tokenizer=FILE")
     for command in (build, tokenizer):
@@ -162,4 +163,12 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def _seed(text: str) -> int:
+    """Reads a seed as train.seed is: in 32 bits, for a larger one would repeat a smaller."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{value} is not from 0 to 2**32 - 1")
     return value

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 from mixtral_jax.config import SourceConfig, UserError
@@ -71,22 +72,33 @@ def _expand(item: str, suffixes: tuple[str, ...]) -> list[Path]:
 
 def _inside(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     if ".arrow" in suffixes and (folder / SAVED_SPLITS).is_file():
-        splits = _json(folder / SAVED_SPLITS)["splits"]
+        splits = _names(folder / SAVED_SPLITS, lambda saved: saved["splits"])
         raise UserError(
             f"data.path: {folder} holds the splits {', '.join(splits)}; set data.path to one, as {folder / splits[0]}"
         )
     if ".arrow" in suffixes and (folder / SAVED).is_file():
         # Beside the rows there may be caches of `datasets`, which are Arrow files too.
-        return [folder / file["filename"] for file in _json(folder / SAVED)["_data_files"]]
+        names = _names(folder / SAVED, lambda saved: [file["filename"] for file in saved["_data_files"]])
+        return [folder / name for name in names]
     inside = (path for path in folder.rglob("*") if path.suffix in suffixes and path.is_file())
     return [path for path in inside if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
-def _json(path: Path) -> dict:
+def _names(path: Path, take: Callable) -> list[str]:
+    """Returns the names, one at least, that `take` takes out of a JSON file.
+
+    Raises:
+        UserError: the file cannot be read, or has no names there.
+    """
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        names = take(json.loads(path.read_bytes()))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"data.path: {path} cannot be read ({error}); save the data set again") from error
+    except (LookupError, TypeError):
+        names = None
+    if isinstance(names, list) and names and all(isinstance(name, str) and name for name in names):
+        return names
+    raise UserError(f"data.path: {path} is not what save_to_disk of `datasets` writes; save the data set again")
 
 
 def hub_files(path: str) -> list[tuple[str, Path]]:

@@ -102,12 +102,30 @@ def _record_batches(name: str, path: str, begin: int, end: int | None) -> Iterat
                     if end is not None and i >= end:
                         return
                     if i >= begin:
-                        yield batch
+                        yield _checked(batch)
             else:
                 for i in range(begin, reader.num_record_batches if end is None else end):
-                    yield reader.get_batch(i)
-    except (pyarrow.ArrowException, OSError) as error:
+                    yield _checked(reader.get_batch(i))
+    except (pyarrow.ArrowException, OSError, SystemError, UnicodeDecodeError) as error:  # the last two of metadata
         raise _unreadable_table(name, "Arrow", error) from error
+
+
+def _checked(batch):
+    """Returns a record batch whose buffers can be read: Arrow trusts a file, and damage would end the process.
+
+    Raises:
+        pyarrow.ArrowInvalid: a length or an offset points to outside of the batch.
+    """
+    import pyarrow
+
+    batch.validate()
+    for column in batch.columns:
+        # As bytes, for only the offsets are to be right here: text that is no UTF-8 is one bad row, not a bad file.
+        if pyarrow.types.is_string(column.type):
+            column.cast(pyarrow.binary()).validate(full=True)
+        elif pyarrow.types.is_large_string(column.type):
+            column.cast(pyarrow.large_binary()).validate(full=True)
+    return batch
 
 
 def _unreadable_table(name: str, kind: str, error: Exception) -> UserError:

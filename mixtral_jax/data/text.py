@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from mixtral_jax.config import SourceConfig, UserError
 from mixtral_jax.data.bad_rows import BadRows, Unreadable
@@ -18,6 +19,7 @@ __all__ = [
     "BadRows",
     "Document",
     "documents",
+    "file_documents",
     "fingerprint",
     "hash_position",
     "is_heldout",
@@ -49,21 +51,37 @@ def documents(source: SourceConfig, bad_rows: BadRows | None = None) -> Iterator
     """
     bad_rows = BadRows() if bad_rows is None else bad_rows
     count = empty = 0
-    for part in parts(source, source_files(source)):
-        for number, text in read(part, source.text_key):
-            number += part.first if number else 0
-            if isinstance(text, Unreadable):
-                bad_rows.add(part.name, number, text.reason)
-            elif text:
-                count += 1
-                yield Document(f"{part.name}:{number}" if number else part.name, text)
-            elif text is not None:
-                empty += 1
+    for document in file_documents(source, source_files(source), bad_rows):
+        if document.text:
+            count += 1
+            yield document
+        else:
+            empty += 1
     bad_rows.report()
     if empty:
         logger.info("%d empty documents were left out", empty)
     if not count:
         raise nothing_to_read(source)
+
+
+def file_documents(source: SourceConfig, files: list[tuple[str, Path]], bad_rows: BadRows) -> Iterator[Document]:
+    """Yields the documents of some of the source's files, the empty ones too.
+
+    Args:
+        source: the source.
+        files: (name, path), as source_files returns them; of `hub` all of them, for their rows are numbered through.
+        bad_rows: told of the rows that cannot be read.
+
+    Raises:
+        UserError: a file is unreadable as its format, or there is one bad row too many.
+    """
+    for part in parts(source, files):
+        for number, text in read(part, source.text_key):
+            number += part.first if number else 0
+            if isinstance(text, Unreadable):
+                bad_rows.add(part.name, number, text.reason)
+            elif text is not None:
+                yield Document(f"{part.name}:{number}" if number else part.name, text)
 
 
 def nothing_to_read(source: SourceConfig) -> UserError:

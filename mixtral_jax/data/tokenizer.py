@@ -26,7 +26,6 @@ from mixtral_jax.data.text import documents, fingerprint, is_heldout
 logger = logging.getLogger(__name__)
 
 MODEL_FILE, BYTES_FILE = "tokenizer.model", "tokenizer.json"
-# `stdlib:SIZE` is trained on the documents that this fraction, the default of data.heldout_fraction, leaves to training.
 SAMPLE_CHARACTERS, CHUNK_CHARACTERS = 16_000_000, 1000  # SentencePiece skips a sentence of more than 4192 bytes
 SPACE_SYMBOL = "\u2581"  # SentencePiece writes a space as this character, and reads this character as a space
 

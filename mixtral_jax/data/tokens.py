@@ -1,14 +1,22 @@
 """Splits of tokenised documents as they are read: arrays over many files, mapped into memory when they are touched."""
 
+import contextlib
 import functools
 import json
+import resource
+import weakref
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
+
+# A mapped file keeps a descriptor, and a process has only so many of them for everything it opens.
+FEW_MAPPED, MOST_MAPPED = 16, 16384
 
 
 @dataclass(frozen=True)
@@ -29,8 +37,11 @@ class TokenFile:
 class ShardedTokens:
     """One array [n] over the files of many shards, read-only. A slice within a shard is a view, across shards a copy.
 
-    `np.asarray` of it reads everything into memory unless there is just one shard: take slices.
+    `np.asarray` of it reads everything into memory unless there is just one shard: take slices. Of all shards of all
+    arrays only so many are mapped at a time; the one that was mapped first makes room.
     """
+
+    _mapped: ClassVar["deque[tuple[weakref.ref[ShardedTokens], int]]"] = deque()  # of the process, oldest first
 
     def __init__(self, pieces: Sequence[tuple[Path | np.ndarray, int]], dtype: np.dtype):
         """Args: (raw file or array, items in it) in order; the type of all of them. Files are opened when touched."""
@@ -61,8 +72,11 @@ class ShardedTokens:
             offset = self._starts[first]
             return self._array(first)[start - offset : stop - offset]
         last = bisect_right(self._starts, stop - 1) - 1
-        bounds = ((i, max(start - self._starts[i], 0), stop - self._starts[i]) for i in range(first, last + 1))
-        return np.concatenate([self._array(i)[a:b] for i, a, b in bounds])
+        whole = np.empty(stop - start, self.dtype)
+        for i in range(first, last + 1):  # one after another: a slice in use keeps its shard mapped
+            begin, end = max(start, self._starts[i]), min(stop, self._starts[i + 1])
+            whole[begin - start : end - start] = self._array(i)[begin - self._starts[i] : end - self._starts[i]]
+        return whole
 
     def __array__(self, dtype=None, copy: bool | None = None) -> np.ndarray:
         if copy is False and len(self.pieces) > 1:
@@ -74,10 +88,23 @@ class ShardedTokens:
         return self[:].tolist()
 
     def _array(self, i: int) -> np.ndarray:
-        if self._arrays[i] is None:
+        array = self._arrays[i]  # once: another thread may drop it from the list
+        if array is None:
             piece, count = self.pieces[i]
-            self._arrays[i] = map_array(piece, self.dtype, count) if isinstance(piece, Path) else piece
-        return self._arrays[i]
+            if isinstance(piece, Path):
+                self._make_room()
+                self._mapped.append((weakref.ref(self), i))
+                piece = map_array(piece, self.dtype, count)
+            array = self._arrays[i] = piece
+        return array
+
+    def _make_room(self) -> None:
+        # Not by latest use: to note every use costs more than to map a shard again now and then.
+        while len(self._mapped) >= FEW_MAPPED and len(self._mapped) >= _most_mapped():
+            with contextlib.suppress(IndexError):  # another thread was faster
+                tokens, i = self._mapped.popleft()
+                if (owner := tokens()) is not None:
+                    owner._arrays[i] = None
 
 
 class Ids(Sequence):
@@ -136,6 +163,16 @@ def join(files: Sequence[TokenFile]) -> TokenFile:
 def map_array(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
     """Maps a raw file of `count` items into memory, read-only: a plain array, whose slices are cheaper than a memmap's."""
     return np.asarray(np.memmap(path, dtype, "r", shape=(count,))) if count else np.empty(0, dtype)
+
+
+@functools.cache
+def _most_mapped() -> int:
+    """How many shards may be mapped: half of the descriptors, once the soft limit on them is as high as we may set it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # some systems allow less than they promise
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return MOST_MAPPED if soft == resource.RLIM_INFINITY else min(soft // 2, MOST_MAPPED)
 
 
 def _names(entry: Path, split: str) -> tuple[list[str], list[int]]:

@@ -2,6 +2,8 @@
 
 import contextlib
 import hashlib
+import itertools
+import logging
 from array import array
 from collections.abc import Iterable, Iterator
 
@@ -14,8 +16,10 @@ from mixtral_jax.data.mixture import Schedule
 from mixtral_jax.data.packing import pack
 from mixtral_jax.data.rows import parts
 from mixtral_jax.data.sources import source_files
-from mixtral_jax.data.text import Document, documents, is_heldout
+from mixtral_jax.data.text import Document, file_documents, is_heldout, nothing_to_read
 from mixtral_jax.data.windows import epoch_size
+
+logger = logging.getLogger(__name__)
 
 KEPT_BAD_ROWS = 100_000  # of more only the number is known
 CHUNK_CHARACTERS = 1_000_000  # text tokenised at a time
@@ -40,18 +44,17 @@ def validate(config: Config, tokenizer, bar: bool = False) -> dict:
     """
     data, train = config.data, config.train
     total = _text_bytes(data.sources, data.streaming)
-    bad_rows, seen, counts, problems = AllBadRows(), _Seen(tokenizer.vocab_size), {}, []
+    bad_rows, seen, counts, broken = AllBadRows(), _Seen(tokenizer.vocab_size), {}, {}
     with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=not bar) as shown:
         for source in data.sources:
             found = counts[source.name] = {"train": _Split(), "heldout": _Split()}
-            try:
-                for document, ids in _tokenised(_documents(source, data.streaming, bad_rows), tokenizer):
-                    seen.add(document, ids)
-                    side = "heldout" if is_heldout(document.text, data.heldout_fraction) else "train"
-                    shown.update(found[side].add(document, ids))
-            except UserError as error:  # of a file that breaks off; the other sources are read all the same
-                problems.append(str(error))
-    problems += _problems(config, tokenizer, counts, bad_rows)
+            broken[source.name] = []
+            readable = _documents(source, data.streaming, bad_rows, broken[source.name])
+            for document, ids in _tokenised(readable, tokenizer):
+                seen.add(document, ids)
+                side = "heldout" if is_heldout(document.text, data.heldout_fraction) else "train"
+                shown.update(found[side].add(document, ids))
+    problems = [*itertools.chain(*broken.values()), *_problems(config, tokenizer, counts, bad_rows, broken)]
     epochs = [_epoch(both, data.streaming, train.seq_len) for both in counts.values()]
     return {
         "problems": problems,
@@ -136,11 +139,32 @@ class _Seen:
         }
 
 
-def _documents(source: SourceConfig, streaming: bool, bad_rows: AllBadRows) -> Iterator[Document]:
-    if streaming:
-        yield from (document for document, _ in stream.read(source, None, bad_rows))
+def _documents(source: SourceConfig, streaming: bool, bad_rows: AllBadRows, broken: list[str]) -> Iterator[Document]:
+    """Yields what can be read of a source, and notes in `broken` what is wrong with the rest: a file, or all of it."""
+    count, empty, bad_before = 0, 0, bad_rows.count
+    for reader in _readers(source, streaming, bad_rows):
+        try:
+            for document in reader:
+                count, empty = count + bool(document.text), empty + (not document.text)
+                if document.text:
+                    yield document
+        except UserError as error:  # of this file; the next ones are read all the same
+            broken.append(str(error))
+    if empty:
+        logger.info("%s: %d empty documents were left out", source.name, empty)
+    if not count and not broken and bad_rows.count == bad_before:
+        broken.append(str(nothing_to_read(source)))
+
+
+def _readers(source: SourceConfig, streaming: bool, bad_rows: AllBadRows) -> Iterator[Iterator[Document]]:
+    """Yields the documents of each file; a data set of the hub is one file."""
+    if source.source == "hub" and streaming:
+        yield (document for document, _ in stream.read(source, None, bad_rows))
+    elif source.source == "hub":
+        yield file_documents(source, source_files(source), bad_rows)
     else:
-        yield from documents(source, bad_rows)
+        for file in source_files(source):
+            yield file_documents(source, [file], bad_rows)
 
 
 def _tokenised(found: Iterable[Document], tokenizer) -> Iterator[tuple[Document, list[int]]]:
@@ -164,7 +188,7 @@ def _text_bytes(sources: Iterable[SourceConfig], streaming: bool) -> int | None:
     return None
 
 
-def _problems(config: Config, tokenizer, counts: dict, bad_rows: AllBadRows) -> Iterator[str]:
+def _problems(config: Config, tokenizer, counts: dict, bad_rows: AllBadRows, broken: dict) -> Iterator[str]:
     data = config.data
     if bad_rows.count > data.max_bad_rows:
         yield (
@@ -172,9 +196,9 @@ def _problems(config: Config, tokenizer, counts: dict, bad_rows: AllBadRows) -> 
             "mend them or raise it"
         )
     for name, both in counts.items():
-        if not len(both["train"].lengths):
+        if not len(both["train"].lengths) and not broken[name]:  # else that is why
             yield f"{name} has no training document; add text, or lower data.heldout_fraction={data.heldout_fraction}"
-    if not any(len(both["heldout"].lengths) for both in counts.values()):
+    if not any(len(both["heldout"].lengths) or broken[name] for name, both in counts.items()):
         yield f"no document is held out; add text, or raise data.heldout_fraction={data.heldout_fraction}"
     if tokenizer.vocab_size > config.model.vocab_size:
         yield (

@@ -1,6 +1,9 @@
-"""Random damage to a JSON-lines file: never a crash, and no good row is ever lost or altered."""
+"""Random damage to files: never a crash, and no good row of JSON lines is ever lost or altered."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -110,3 +113,40 @@ def test_the_cache_has_the_same_rows(make_data, tmp_path, monkeypatch, seed):
         for id, a, b in zip(split.ids, split.offsets, split.offsets[1:])
     ]
     assert sorted(found) == sorted((document.id, document.text) for document in documents(data, BadRows(1000)))
+
+
+# In a process of its own, which the damage may end.
+ARROW = """
+import sys
+from collections import Counter
+import numpy as np, pyarrow, pyarrow.ipc
+from mixtral_jax.config import SourceConfig, UserError
+from mixtral_jax.data.text import BadRows, documents
+path, kind = sys.argv[1:]
+texts = [f"row {i} \u00e9" * (i % 4 + 1) for i in range(60)]
+table = pyarrow.table({"n": range(60), "text": pyarrow.array(texts, getattr(pyarrow, kind.split()[1])())})
+new = pyarrow.ipc.new_file if "file" in kind else pyarrow.ipc.new_stream
+with new(path, table.schema) as writer:
+    writer.write_table(table, max_chunksize=20)
+raw = open(path, "rb").read()
+rng, found = np.random.default_rng(0), Counter()
+for _ in range(400):
+    damaged = bytearray(raw)
+    for at in rng.integers(0, len(raw), rng.integers(1, 9)):
+        damaged[at] = rng.integers(256)
+    open(path, "wb").write(damaged)
+    try:
+        found["read"] += bool(list(documents(SourceConfig("arrow", path, "text", "a", 1.0), BadRows(1000))))
+    except UserError as error:
+        found["refused"] += 1
+        assert str(error).startswith((path, "data.source")), error
+print(found)
+assert min(found["read"], found["refused"]) > 20
+"""
+
+
+@pytest.mark.parametrize("kind", ["file string", "file large_string", "stream string", "stream large_string"])
+def test_no_damage_to_an_arrow_file_ends_the_process(tmp_path, kind):
+    command = [sys.executable, "-c", ARROW, str(tmp_path / "a.arrow"), kind]
+    run = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr[-2000:]

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mixtral_jax.config import RunError
+from mixtral_jax.data import __main__ as command
 from mixtral_jax.data.__main__ import main
 from mixtral_jax.data.arguments import DEFAULTS, SEQ_LEN
 from mixtral_jax.data.cache import TokenFile, build_cache
@@ -54,6 +56,15 @@ def test_build_prints_counts(flags, capsys):
     assert tokens == size + 2 * int(train[1])
 
 
+def test_what_goes_wrong_on_the_way_is_told_without_a_stack_trace(flags, capsys, monkeypatch):
+    def killed(*args, **kwargs):
+        raise RunError("a process was killed; run it again")
+
+    monkeypatch.setattr(command, "build_cache", killed)
+    assert main(["build", *flags]) == RunError.status == 1
+    assert capsys.readouterr().err == "error: a process was killed; run it again\n"
+
+
 def test_preview_shows_the_text(flags, capsys):
     assert main(["preview", "2", *flags, "--seq_len=64"]) == 0
     out = capsys.readouterr().out
@@ -82,6 +93,15 @@ def test_tokenizer_is_trained_and_usable(flags, tmp_path, capsys):
     assert str(out) in capsys.readouterr().out
     assert main(["build", *flags, f"--tokenizer={out}"]) == 0
     assert "vocabulary 280" in capsys.readouterr().out
+
+
+def test_tokenizer_skips_as_many_bad_rows_as_it_may(flags, tmp_path, capsys):
+    for name in ("07.txt", "19.txt"):
+        (tmp_path / "corpus" / name).write_bytes(b"abc\xff")
+    command = ["tokenizer", *flags, "--vocab_size=280", f"--out={tmp_path / 'my.model'}"]
+    assert main([*command, "--max_bad_rows=2"]) == 0
+    assert main([*command, "--max_bad_rows=1"]) == 2
+    assert "19.txt is not UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -122,6 +142,8 @@ def test_mistakes_exit_with_2_and_a_message(flags, capsys, extra, message):
         (["build", "--config=configs/tiny.py", "--config.data.streaming=True"], "nothing to build"),
         (["preview", "2", "--config=configs/tiny.py"], "--preview=2"),
         (["build", "--max_bad_rows=-1"], "must not be negative"),
+        (["preview", "--seed=-1"], "--seed: -1 is not from 0 to"),
+        (["preview", f"--seed={2**64}"], "is not from 0 to 2**32 - 1"),
     ],
 )
 def test_wrong_usage_exits_with_2_and_one_line(arguments, message, capsys):

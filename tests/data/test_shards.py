@@ -317,6 +317,31 @@ def test_sharded_tokens_are_one_array(tmp_path):
         np.asarray(tokens, copy=False)
 
 
+MANY_SHARDS = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from mixtral_jax.data.tokens import ShardedTokens
+resource.setrlimit(resource.RLIMIT_NOFILE, (48, 128))
+folder = Path(sys.argv[1])
+for i in range(300):
+    np.full(3, i, np.uint16).tofile(folder / str(i))
+splits = [ShardedTokens([(folder / str(i), 3) for i in range(start, start + 150)], np.uint16) for start in (0, 150)]
+for _ in range(2):
+    for i in np.random.default_rng(0).permutation(450):
+        assert [split[i] for split in splits] == [i // 3, 150 + i // 3]
+    for start, split in zip((0, 150), splits):
+        assert np.array_equal(np.asarray(split), np.repeat(np.arange(start, start + 150), 3))
+assert resource.getrlimit(resource.RLIMIT_NOFILE) == (128, 128)
+assert 40 < sum(array is not None for split in splits for array in split._arrays) <= 64
+"""
+
+
+def test_more_shards_than_descriptors(tmp_path):
+    run = subprocess.run([sys.executable, "-c", MANY_SHARDS, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 def test_joined_splits_keep_their_documents():
     def file(lengths, name):
         offsets = np.cumsum([0, *lengths])

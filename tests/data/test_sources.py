@@ -224,6 +224,18 @@ def test_a_saved_folder_is_no_data_set_of_the_hub(make_data, tmp_path):
         source_files(hub_source(str(tmp_path / "corpus")))
 
 
+@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
+@pytest.mark.parametrize(
+    "saved",
+    ["{", '{"foo": 1}', "[]", '{"splits": []}', '{"splits": [3]}', '{"splits": "ab"}']
+    + ['{"_data_files": 1}', '{"_data_files": []}', '{"_data_files": [{"filename": 1}]}', "[" * 100_000],
+)
+def test_a_saved_folder_whose_description_is_damaged(tmp_path, name, saved):
+    (tmp_path / name).write_text(saved)
+    with pytest.raises(UserError, match=rf"{name} (cannot be read|is not what save_to_disk).*save the data set again"):
+        source_files(SourceConfig("arrow", str(tmp_path), "text", "a", 1.0))
+
+
 def test_a_mixture_of_the_hub_and_local_files_leaves_the_environment_alone(hub, make_data, tmp_path):
     before = dict(os.environ)
     pyarrow.parquet.write_table(

@@ -6,6 +6,8 @@ import itertools
 import json
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from configs import common
@@ -148,6 +150,31 @@ def test_a_file_that_breaks_off_is_a_problem_and_the_rest_is_read(config, tmp_pa
     report = validate(with_data(config, mixture=(broken, *config.data.mixture)), BYTES)
     assert any("0.parquet: not readable as Parquet" in problem for problem in report["problems"])
     assert report["sources"]["text"]["train"]["documents"] > 10
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_after_a_broken_one_are_read_too(config, streaming, tmp_path):
+    folder = tmp_path / "four"
+    write(folder, "parquet", 100)
+    for i in (1, 2):
+        path = folder / f"{i}.parquet"
+        path.write_bytes(path.read_bytes()[:-20])
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["good", None]}), folder / "3.parquet")
+    four = SourceConfig("parquet", str(folder), "text", "four", 1.0)
+    report = validate(with_data(config, mixture=(four,), streaming=streaming), BYTES)
+    assert [next((i for i in (1, 2) if f"{i}.parquet: " in one), None) for one in report["problems"]] == [1, 2, None]
+    assert report["bad_rows"]["total"] == 1
+    assert report["bad_rows"]["rows"][0][0] == f"{folder}/3.parquet:2"
+    assert sum(split["documents"] for split in report["sources"]["four"].values()) == 26
+
+
+def test_a_source_that_is_broken_has_no_other_problem(config, tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"no table")
+    (tmp_path / "b.jsonl").write_text("\n")
+    broken = SourceConfig("parquet", str(tmp_path / "a.parquet"), "text", "broken", 1.0)
+    empty = SourceConfig("jsonl", str(tmp_path / "b.jsonl"), "text", "empty", 1.0)
+    problems = validate(with_data(config, mixture=(broken, empty)), BYTES)["problems"]
+    assert [any(words in one for words in ("not readable as", "no text in it")) for one in problems] == [True, True]
 
 
 def test_missing_files_end_it_at_once(config):
