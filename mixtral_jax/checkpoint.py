@@ -83,6 +83,7 @@ class Checkpoints:
         self.folder = Path(workdir).resolve() / "checkpoints"
         self._keep, self._keep_every, self._keep_best = keep, keep_every, keep_best
         self._pending: int | None = None  # the step whose save is in flight
+        self._failed = False  # some save
         self._removing: list[threading.Thread] = []
         self._open()
 
@@ -174,7 +175,7 @@ class Checkpoints:
 
     def _give_up(self, error: Exception) -> None:
         """Leaves no trace of a failed save, so that the disk has room again, and raises SaveError."""
-        step, self._pending = self._pending, None
+        step, self._pending, self._failed = self._pending, None, True
         with contextlib.suppress(OSError):
             self.clean()
             self._open()  # the failed manager would repeat its error for ever
@@ -328,6 +329,9 @@ class Checkpoints:
         finally:
             for thread in self._removing:
                 thread.join()
+            if self._failed:
+                with contextlib.suppress(OSError):
+                    self.clean()  # again: writes of a failed save may still have been under way when it was given up
             self._manager.close()
 
 
