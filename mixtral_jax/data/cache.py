@@ -45,7 +45,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The sources, and the key of their caches: equal keys mean equal documents, tokens and splits (weights apart)."""
+    """The sources, and the key of their caches: equal keys mean equal documents, tokens and splits (weights and names apart)."""
 
     sources: tuple[Source, ...]
     key: str = ""
@@ -96,7 +96,7 @@ def build_cache(data: DataConfig, tokenizer, progress: bool = True, verify: bool
     opened = [_open_or_build(data, source, tokenizer, skipped, progress, verify) for source in data.sources]
     _require_both(data, [each.index for each in opened])
     pairs = list(zip(data.sources, opened))
-    key = hashlib.sha256(repr([(source.name, each.key) for source, each in pairs]).encode()).hexdigest()[:32]
+    key = hashlib.sha256(repr([each.key for each in opened]).encode()).hexdigest()[:32]
     return Corpus(tuple(Source(source.name, source.weight, each.train, each.heldout) for source, each in pairs), key)
 
 

@@ -14,7 +14,7 @@ from mixtral_jax.data.loader import Batches
 from mixtral_jax.data.mixture import Mixture, Schedule
 from mixtral_jax.data.once import build_once
 from mixtral_jax.data.packing import pack
-from mixtral_jax.data.sources import source_files
+from mixtral_jax.data.sources import relative_names, source_files
 from mixtral_jax.data.stream import StreamBadRows, read
 from mixtral_jax.data.text import Document, is_heldout
 from mixtral_jax.data.windows import WINDOW_ROWS, StreamedBatches, TrainingDocuments, token_file
@@ -70,9 +70,9 @@ def stream_corpus(data: DataConfig, tokenizer) -> Corpus:
     sources, definitions = [], []
     for source in data.sources:
         files = [] if source.source == "hub" else source_files(source)
-        sizes = [(name, path.stat().st_size) for name, path in files]
+        sizes = [(name, path.stat().st_size) for name, (_, path) in zip(relative_names(files), files)]
         definition = (source.source, source.path if source.source == "hub" else sizes, source.text_key)
-        definitions.append((source.name, definition))
+        definitions.append(definition)
         parts = (FORMAT, definition, tokenizer.fingerprint, data.heldout_fraction)
         times = [path.stat().st_mtime_ns for _, path in files]  # a file changed in place may hold out other text
         limits = (HELDOUT_BYTES, HELDOUT_DOCUMENTS, SCANNED_DOCUMENTS)

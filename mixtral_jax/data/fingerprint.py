@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mixtral_jax.config import SourceConfig, UserError
 from mixtral_jax.data.once import locked
-from mixtral_jax.data.sources import source_files
+from mixtral_jax.data.sources import relative_names, source_files
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ TOLD = 2**31  # bytes whose reading is worth a message
 def fingerprint(
     source: SourceConfig, files: list[tuple[str, Path]] | None = None, cache_dir: str | Path | None = None
 ) -> str:
-    """Returns the SHA-256 over all that decides the documents: source, key, and every file's name and bytes.
+    """Returns the SHA-256 over all that decides the documents: source, key, and every file's bytes and relative name.
 
     Args:
         source: the source.
@@ -36,7 +36,7 @@ def fingerprint(
     # worse: it names a commit (which may change a README only) or, of a local folder, the times of its files.
     files = source_files(source) if files is None else files
     total = hashlib.sha256(f"{source.source}\0{source.text_key}\0".encode())
-    for (name, _), digest in zip(files, _digests(files, cache_dir)):
+    for name, digest in zip(relative_names(files), _digests(files, cache_dir)):
         total.update(name.encode(errors="surrogateescape") + b"\0" + digest)
     return total.hexdigest()
 

@@ -18,7 +18,7 @@ SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # what save_to_disk of 
 
 
 def source_files(source: SourceConfig) -> list[tuple[str, Path]]:
-    """Returns the source's files as (name, path), sorted by name, each file once; ids of documents begin with the name.
+    """Returns the source's files as (name, path), each once, sorted by relative_names; ids of documents begin with the name.
 
     The files of `hub` are those that `datasets` keeps on this machine, and share the data set's name.
 
@@ -33,7 +33,16 @@ def source_files(source: SourceConfig) -> list[tuple[str, Path]]:
     for item in filter(None, (part.strip() for part in source.path.split(","))):
         for path in _expand(item, SUFFIXES[source.source]):
             found.setdefault(path.resolve(), path.as_posix())
-    return sorted((name, path) for path, name in found.items())
+    files = [(name, path) for path, name in found.items()]
+    return [file for _, file in sorted(zip(relative_names(files), files))]
+
+
+def relative_names(files: list[tuple[str, Path]]) -> list[str]:
+    """The files' names as seen from the folder that all of them are in: the same wherever that is and however it is spelled."""
+    # Not of the resolved paths: a link has the name that was given to it, and may point anywhere.
+    names = [os.path.abspath(name) for name, _ in files]
+    root = os.path.commonpath([os.path.dirname(name) for name in names]) if names else ""
+    return [name.removeprefix(root).lstrip("/") for name in names]
 
 
 def _stdlib_files() -> list[tuple[str, Path]]:

@@ -1,19 +1,22 @@
 """The token cache: what it holds, when it is rebuilt, and a split that never leaks."""
 
 import dataclasses
+import json
 import logging
 import mmap
 import multiprocessing
+import os
 import re
 import time
 
 import numpy as np
 import pytest
 
-from mixtral_jax.config import UserError
+from mixtral_jax.config import SourceConfig, UserError
 from mixtral_jax.data import build as build_module
 from mixtral_jax.data import shards as shards_module
 from mixtral_jax.data.cache import build_cache, build_once
+from mixtral_jax.data.corpus import open_corpus
 from mixtral_jax.data.text import documents, is_heldout
 from mixtral_jax.data.tokenizer import load_tokenizer
 
@@ -37,6 +40,29 @@ def is_mapped(array):
     while array is not None and not isinstance(array, mmap.mmap):
         array = getattr(array, "base", None)
     return array is not None
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_corpus_that_moved_is_the_same(make_data, tmp_path, monkeypatch, streaming):
+    monkeypatch.chdir(tmp_path)
+    keys = []
+    for folder, path in (
+        ("one", "one"),
+        ("far/two", f"{tmp_path}/far/two/b,far/two/a.jsonl"),
+        ("far/two", "far/./two"),
+    ):
+        (tmp_path / folder / "b").mkdir(parents=True, exist_ok=True)
+        for i, name in enumerate(("a.jsonl", "b/a.jsonl")):
+            lines = [json.dumps({"text": f"{name} {i} {row}"}) + "\n" for row in range(20)]
+            (tmp_path / folder / name).write_text("".join(lines))
+            os.utime(tmp_path / folder / name, (1e9, 1e9))
+        mixture = (SourceConfig("jsonl", path, "text", path, 1.0),)
+        keys.append(open_corpus(make_data(path="", mixture=mixture, streaming=streaming), BYTES, False).key)
+    assert len(set(keys)) == 1
+    assert len(list((tmp_path / "cache" / ("streams" if streaming else "corpora")).glob("*/"))) == 1
+    (tmp_path / "one" / "a.jsonl").rename(tmp_path / "one" / "c.jsonl")  # now behind the other
+    again = (SourceConfig("jsonl", "one", "text", "one", 1.0),)
+    assert open_corpus(make_data(path="", mixture=again, streaming=streaming), BYTES, False).key not in keys
 
 
 def test_content(corpus_data):

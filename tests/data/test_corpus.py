@@ -92,6 +92,8 @@ def test_first_documents_are_training_documents_by_weight(make_data, tmp_path):
 
 def test_indexed_batches_of_a_corpus(make_data, tmp_path):
     paths = [write(tmp_path / name, "jsonl") for name in "ab"]  # the same texts
+    for file in (tmp_path / "b").iterdir():
+        file.rename(file.with_stem(f"{file.stem}b"))  # under the same names they would share a cache, and its ids
     mixture = tuple(SourceConfig("jsonl", path, "text", name, 1.0) for path, name in zip(paths, "ab"))
     orders = {}
     for data in (make_data(path="", mixture=mixture), make_data(source="jsonl", path=paths[0])):
