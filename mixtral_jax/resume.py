@@ -54,7 +54,7 @@ def identity(config: Config, tokenizer, corpus: Corpus) -> dict[str, Any]:
         "corpus": corpus.key,  # files, tokenizer and data.heldout_fraction
         "tokenizer": tokenizer.fingerprint,
         "data.streaming": config.data.streaming,
-        "data.mixture": [f"{source.name}: {source.weight:g}" for source in config.data.mixture],
+        "data.mixture": [source.weight for source in config.data.mixture],
         "train.seed": train.seed,
         "train.batch_size": train.batch_size,
         "train.seq_len": train.seq_len,

@@ -161,6 +161,8 @@ def test_a_full_disk_stops_the_run_and_harms_no_checkpoint(tmp_path, changes, la
     wait_for(lambda: steps_in(workdir / "checkpoints") not in ([], [last]), process)
     process.send_signal(signal.SIGTERM)
     assert f"resumed from {workdir}/checkpoints/{last}" in process.end(128 + signal.SIGTERM)
+    left = {path.name for path in (workdir / "checkpoints").iterdir()}
+    assert left == {str(step) for step in steps_in(workdir / "checkpoints")}, "what failed leaves nothing behind"
 
 
 def test_a_full_disk_does_not_stop_a_run_that_was_told_to_go_on(tmp_path, changes, launch, small_disk):
