@@ -36,7 +36,7 @@ test: .venv/installed-dev
 	.venv/bin/python -m pytest
 
 test-all: .venv/installed-dev
-	.venv/bin/python -m pytest -m "slow and not gpu"
+	.venv/bin/python -m pytest -m "slow and not gpu and not parity"
 
 parity: .venv-parity/installed
 	.venv-parity/bin/python -m pytest -m parity
@@ -49,6 +49,7 @@ benchmark: .venv/installed
 	.venv/bin/python -m benchmarks.experts
 	.venv/bin/python -m benchmarks.compile_time
 	.venv/bin/python -m benchmarks.data
+	.venv/bin/python -m benchmarks.conversion_memory
 
 clean:
 	rm -rf .venv .venv-parity runs reports
