@@ -10,7 +10,7 @@ from mixtral_jax.generate import sample
 from mixtral_jax.jsonl import read_jsonl
 from mixtral_jax.progress import printable
 from mixtral_jax.resume import identity
-from mixtral_jax.run import Run, store
+from mixtral_jax.run import Run, session_line, store
 
 
 def evaluate(run: Run, step: int) -> float:
@@ -64,7 +64,7 @@ def save(run: Run, step: int, data_state: dict, heldout_loss: float | None = Non
             run.workdir.mkdir(parents=True, exist_ok=True)
             (run.workdir / "tensorboard").mkdir(exist_ok=True)
             store(run.workdir, run.config, run.tokenizer)
-            run.writer.write("session", step, run.session)
+            run.writer.write("session", step, session_line(0.0))
     watch_saves(run, run.checkpoints.finish)  # of the one before: its failure must not keep this one from starting
     watch_saves(run, lambda: run.checkpoints.save(step, run.state.params, run.state.opt_state, meta, data_state))
 

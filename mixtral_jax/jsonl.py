@@ -3,7 +3,7 @@
 Every line has "kind", "step" and "time" (seconds since 1970); the rest depends on the kind:
 
     session  written at each start of the run, `step` is the one it resumes from; never dropped;
-             started (seconds since 1970), process, host
+             start_up (seconds from the beginning of the start to this line), process, host
     train    loss, token_loss (nats per token), balance_loss, router_z_loss, z_loss, gradient_norm, learning_rate,
              tokens, trained_tokens (those with a loss), tokens_per_second, mfu;
              data_wait_seconds, step_seconds, compile_seconds, checkpoint_seconds, eval_seconds, sample_seconds and
@@ -117,7 +117,7 @@ def first_start(path: str | os.PathLike) -> float | None:
     """
     path = Path(path)
     lines = read_jsonl(path) if path.exists() else []
-    return next((line.get("started", line["time"]) for line in lines if line.get("kind") == "session"), None)
+    return next((line["time"] - line.get("start_up", 0.0) for line in lines if line.get("kind") == "session"), None)
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:

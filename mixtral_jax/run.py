@@ -50,7 +50,6 @@ class Run:
     writer: MetricsWriter
     throughput: Throughput
     breakdown: Breakdown
-    session: dict[str, Any]  # of its line in the metrics
     goodput: Goodput
     seconds: Counter = dataclasses.field(default_factory=Counter)  # of the breakdown, since the last train line
     steps_since_line: int = 0
@@ -78,7 +77,7 @@ def start(config: Config, workdir: Path, make_heldout: Callable) -> Run:
     """
     train = config.train
     breakdown = Breakdown()
-    session = {"started": round(time.time(), 3), "process": os.getpid(), "host": socket.gethostname()}
+    begin = time.time()
     require_wandb(config)
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.cache_dir, config.data.heldout_fraction)
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -110,7 +109,7 @@ def start(config: Config, workdir: Path, make_heldout: Callable) -> Run:
     resume_step = -1 if found.step is None else found.step
     writer = MetricsWriter(workdir, config, resume_step, keep_going=train.continue_on_save_error)
     if (found.step or 0) < train.steps:
-        writer.write("session", found.step or 0, session)
+        writer.write("session", found.step or 0, session_line(time.time() - begin))
     return Run(
         config=config,
         workdir=workdir,
@@ -130,11 +129,15 @@ def start(config: Config, workdir: Path, make_heldout: Callable) -> Run:
         writer=writer,
         throughput=Throughput(train.batch_size * train.seq_len),
         breakdown=breakdown,
-        session=session,
         goodput=Goodput(
             first_start(workdir / "metrics.jsonl") or time.time(), found.meta.get("productive_seconds", 0.0)
         ),
     )
+
+
+def session_line(start_up: float) -> dict[str, Any]:
+    """The values of a session's line in the metrics, written so many seconds after the process began with the run."""
+    return {"start_up": start_up, "process": os.getpid(), "host": socket.gethostname()}
 
 
 def store(workdir: Path, config: Config, tokenizer) -> None:

@@ -67,7 +67,7 @@ def draw_times(axes: Axes, train: Sequence[dict]) -> None:
 def draw_goodput(axes: Axes, train: Sequence[dict], sessions: Sequence[dict]) -> None:
     """Goodput over the wall time since the first start; grey is from a session's last line to the next start."""
     points = [(line["time"], line["goodput"]) for line in train if line.get("goodput") is not None and "time" in line]
-    starts = [session["time"] for session in sessions if "time" in session]
+    starts = [session["time"] - session.get("start_up", 0.0) for session in sessions if "time" in session]
     if not points or not starts:
         return empty(axes, "not measured yet")
     times, goodput = np.array(points).T

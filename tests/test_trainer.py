@@ -12,6 +12,7 @@ from mixtral_jax import evals, trainer
 from mixtral_jax import run as run_module
 from mixtral_jax.config import UserError
 from mixtral_jax.data import Batches, TokenFile, is_heldout, pack
+from mixtral_jax.jsonl import read_jsonl
 from mixtral_jax.losses import Totals
 from mixtral_jax.models import mixtral
 from mixtral_jax.optim import make_optimizer
@@ -288,6 +289,15 @@ def test_fit_writes_everything_and_resumes_to_the_same_result(corpus, monkeypatc
     assert final["tokens"] == sum(len(text) + 1 for text in heldout), (
         "the final evaluation reads every held-out byte and EOS"
     )
+
+    lines = read_jsonl(corpus / "straight" / "metrics.jsonl")
+    (session,) = (line for line in lines if line["kind"] == "session")
+    steps = [line for line in lines if line["kind"] == "train"]
+    productive = sum(line["step_seconds"] for line in steps)  # a line for every step
+    elapsed = steps[-1]["time"] - session["time"] + session["start_up"]
+    assert steps[-1]["goodput"] == pytest.approx(productive / elapsed, rel=0.05), "start-up counts as not productive"
+    measured = sum(value for line in steps for name, value in line.items() if name.endswith("_seconds"))
+    assert measured == pytest.approx(elapsed, rel=0.05), "the categories sum to the wall time"
 
     # Stop after step 5 (the newest checkpoint is of step 4), then start again: steps 5 and 6 are run once more.
     log = trainer._log
