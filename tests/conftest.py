@@ -1,5 +1,6 @@
 """The whole suite runs on 8 fake CPU devices, with rank promotion an error (pyproject.toml makes warnings errors)."""
 
+import dataclasses
 import os
 
 # Nearly all of the suite's time is compilation, so LLVM optimises nothing here; the programs stay the same.
@@ -9,7 +10,40 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Commands that are called within the suite's process would turn it on; what is tested is what is compiled.
 jax.config.update("jax_enable_compilation_cache", False)
+
+
+@pytest.fixture
+def fit(tmp_path):
+    """Returns a function that trains a tiny run in tmp_path, in this process."""
+    # Here, because the flags above must be set before anything of ours starts jax.
+    from mixtral_jax import evals, trainer
+    from tests.helpers import tiny
+    from tests.processes import write_corpus
+
+    write_corpus(tmp_path / "corpus", 20)
+
+    def run(name, **changes):
+        defaults = dict(
+            data__source="text",
+            data__path=str(tmp_path / "corpus"),
+            data__cache_dir=str(tmp_path / "cache"),
+            data__heldout_fraction=0.3,
+            model__num_layers=1,
+            model__vocab_size=320,
+            train__steps=4,
+            train__checkpoint_every=2,
+            train__eval_every=0,
+            train__sample_every=0,
+            train__log_every=1,
+            optim__warmup_steps=1,
+        )
+        config = tiny(**defaults | changes)
+        config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=-1))
+        return trainer.fit(config, tmp_path / name, evals.Perplexity, evals.baselines)
+
+    return run

@@ -1,43 +1,14 @@
 """Warm starts from another run's weights, and runs that skip steps that are not finite."""
 
-import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from mixtral_jax import evals, trainer
+from mixtral_jax import trainer
 from mixtral_jax.config import UserError
 from mixtral_jax.trainer import NonFiniteError
-from tests.helpers import tiny
-from tests.processes import logged, write_corpus
-
-
-@pytest.fixture
-def fit(tmp_path):
-    """Returns a function that trains a tiny run in tmp_path."""
-    write_corpus(tmp_path / "corpus", 20)
-
-    def run(name, **changes):
-        defaults = dict(
-            data__source="text",
-            data__path=str(tmp_path / "corpus"),
-            data__cache_dir=str(tmp_path / "cache"),
-            data__heldout_fraction=0.3,
-            model__num_layers=1,
-            model__vocab_size=320,
-            train__steps=4,
-            train__checkpoint_every=2,
-            train__eval_every=0,
-            train__sample_every=0,
-            train__log_every=1,
-            optim__warmup_steps=1,
-        )
-        config = tiny(**defaults | changes)
-        config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=-1))
-        return trainer.fit(config, tmp_path / name, evals.Perplexity, evals.baselines)
-
-    return run
+from tests.processes import logged
 
 
 def test_a_warm_start_takes_the_weights_and_nothing_else(fit, tmp_path, capfd):
