@@ -6,11 +6,12 @@ tests/test_faults.py does the same to real processes, at moments that nobody cho
 import os
 import signal
 
+import orbax.checkpoint as ocp
 import pytest
 
 from mixtral_jax import interlude
 from mixtral_jax import run as run_module
-from mixtral_jax.checkpoint import Checkpoints, steps_in
+from mixtral_jax.checkpoint import steps_in
 from mixtral_jax.config import RunError, UserError
 from mixtral_jax.interrupt import Interrupt, InterruptedRun
 from tests.processes import logged
@@ -48,7 +49,7 @@ def test_the_first_signal_waits_and_the_second_does_not(capfd):
 
 def test_a_signal_while_a_checkpoint_is_read_does_not_condemn_it(fit, tmp_path, monkeypatch):
     fit("run")
-    monkeypatch.setattr(Checkpoints, "_restore", before(Checkpoints._restore, send))
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", before(ocp.CheckpointManager.restore, send))
     with pytest.raises(InterruptedRun, match="before the first step"):
         fit("run", train__steps=5)
     assert steps_in(tmp_path / "run" / "checkpoints") == [2, 4]

@@ -24,6 +24,25 @@ def test_a_warm_start_takes_the_weights_and_nothing_else(fit, tmp_path, capfd):
     assert early["loss"] > last["loss"], "the folder of a step is that step and not the newest"
 
 
+def test_a_streamed_run_goes_on_where_its_stream_was(fit, tmp_path, monkeypatch):
+    changes = dict(data__streaming=True, train__steps=6)
+    fit("straight", **changes)
+    log = trainer._log
+
+    def stop(run, step, *rest):
+        values = log(run, step, *rest)
+        if step == 5:
+            raise KeyboardInterrupt
+        return values
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_log", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fit("stopped", **changes)
+    fit("stopped", **changes)
+    assert logged(tmp_path / "stopped") == logged(tmp_path / "straight")
+
+
 def test_a_warm_start_that_was_stopped_goes_on_from_its_own_checkpoint(fit, tmp_path, capfd):
     fit("base")
     fit("warm", train__init_from=str(tmp_path / "base"), train__steps=4)
