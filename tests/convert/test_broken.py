@@ -91,6 +91,10 @@ def lying_total(folder):
     edit_json(folder / INDEX, lambda index: index["metadata"].update(total_size=1234))
 
 
+def index_metadata(value):
+    return lambda folder: edit_json(folder / INDEX, lambda index: index.update(metadata=value))
+
+
 def doubled_tensor(folder):
     other = {EXPERT: np.zeros((48, 32), np.float32)}
     for k in (1, 2, 3):
@@ -130,6 +134,8 @@ CASES = {
     "lying index": (lying_index, [EXPERT, "the index says model-0"]),
     "ghost in the index": (index_with_a_ghost, ["model.ghost.weight", "no file"]),
     "lying total": (lying_total, ["total_size is 1234"]),
+    "index metadata null": (index_metadata(None), [INDEX, "metadata=None"]),
+    "index metadata a list": (index_metadata([1]), [INDEX, "metadata=[1]"]),
     "doubled tensor": (doubled_tensor, [EXPERT, "both"]),
     "index is no JSON": (index_is_no_json, [INDEX, "JSON"]),
     "no config": (no_config, ["config.json"]),
