@@ -1,13 +1,16 @@
 """Broken sources: an error that names what is wrong, exit status 2, and nothing left behind."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from mixtral_jax.config import UserError
 from mixtral_jax.convert.__main__ import main
+from mixtral_jax.convert.architecture import read_mistral
 from mixtral_jax.convert.store import new_directory
 from tests.convert import sources
 from tests.golden import reference
@@ -148,6 +151,14 @@ CASES = {
     "scaled RoPE": (config_change(rope_scaling={"type": "linear", "factor": 2.0}), ["linear"]),
     "another activation": (config_change(hidden_act="gelu"), ["hidden_act='gelu'"]),
     "quantised": (config_change(quantization_config={"bits": 4}), ["quantization_config"]),
+    "theta as text": (config_change(rope_theta="1e6"), ["config.json", "rope_theta='1e6'"]),
+    "theta a list": (config_change(rope_theta=[1e6]), ["rope_theta=[1000000.0]"]),
+    "theta true": (config_change(rope_theta=True), ["rope_theta=True"]),
+    "inner theta as text": (config_change(rope_parameters={"rope_theta": "x"}), ["rope_parameters.rope_theta='x'"]),
+    "RoPE as text": (config_change(rope_parameters="default"), ["config.json", "rope_parameters='default'"]),
+    "no heads": (config_change(num_attention_heads=0), ["config.json", "num_attention_heads=0"]),
+    "NaN for a size": (config_change(hidden_size=float("nan")), ["config.json", "hidden_size=nan"]),
+    "infinite size": (config_change(vocab_size=float("inf")), ["vocab_size=inf"]),
     "text for a number": (config_change(hidden_size="32"), ["hidden_size='32'"]),
 }
 
@@ -219,6 +230,17 @@ def test_pickled_weights_are_not_read(tmp_path, capsys):
     assert main(["import", f"--from={folder}", f"--to={tmp_path / 'run'}"]) == 2
     assert "only torch can read" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["num_experts", "num_experts_per_tok"])
+@pytest.mark.parametrize("value", [None, "8", 4.7, [8]])
+def test_experts_of_mistral_are_whole_numbers(tmp_path, key, value):
+    params = dict(dim=32, n_layers=2, head_dim=8, hidden_dim=48, n_heads=4, n_kv_heads=2, norm_eps=1e-5, vocab_size=64)
+    moe = {"num_experts": 4, "num_experts_per_tok": 2} | {key: value}
+    (tmp_path / "params.json").write_text(json.dumps(params | {"moe": moe}))
+    words = f"params.json has no moe.{key};" if value is None else f"params.json: moe.{key}={value!r};"
+    with pytest.raises(UserError, match=re.escape(words)):
+        read_mistral(tmp_path)
 
 
 def test_a_router_bias_cannot_be_exported(tmp_path, capsys, monkeypatch):
