@@ -243,6 +243,15 @@ def test_experts_of_mistral_are_whole_numbers(tmp_path, key, value):
         read_mistral(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "flag", ["--seed=-1", f"--seed={2**32}", "--noise=nan", "--noise=inf", "--router_std=inf", "--router_std=nan"]
+)
+def test_impossible_numbers_of_an_upcycle_are_refused(tmp_path, capsys, flag):
+    assert main(["upcycle", f"--from={tmp_path / 'in'}", f"--to={tmp_path / 'run'}", flag]) == 2
+    assert flag in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_router_bias_cannot_be_exported(tmp_path, capsys, monkeypatch):
     from mixtral_jax.convert import weights
 
