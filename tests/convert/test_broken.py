@@ -193,6 +193,25 @@ def test_a_target_that_exists_is_not_touched(tmp_path, capsys):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine"]
 
 
+def test_a_target_may_stand_in_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    with new_directory(Path("~/run")) as folder:
+        (folder / "x").write_text("x")
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert (tmp_path / "home" / "run" / "x").is_file()
+
+
+@pytest.mark.parametrize(
+    ("target", "words"), [(".", "is the current directory"), ("~no_such_user/run", "~no_such_user")]
+)
+def test_a_target_that_cannot_be_made_is_explained(tmp_path, monkeypatch, target, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=words), new_directory(Path(target)):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_error_in_the_middle_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "a" / "b") as folder:  # noqa: PT012
         (folder / "half").write_text("x")
