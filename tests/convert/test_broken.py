@@ -212,6 +212,18 @@ def test_a_target_that_cannot_be_made_is_explained(tmp_path, monkeypatch, target
     assert not list(tmp_path.iterdir())
 
 
+def test_a_damaged_description_of_our_arrays_is_explained(tmp_path, capsys):
+    source = sources.mixtral(tmp_path / "hf")
+    assert main(["import", f"--from={source}", f"--to={tmp_path / 'run'}"]) == 0
+    (path,) = (tmp_path / "run").glob("checkpoints/0/params/_METADATA")
+    for text in ("[]", "null", "{", '{"tree_metadata": []}', '{"tree_metadata": {"x": null}}'):
+        path.write_text(text)
+        assert main(["export", f"--from={tmp_path / 'run'}", f"--to={tmp_path / 'back'}"]) == 2
+        message = capsys.readouterr().err
+        assert "params is damaged or incomplete" in message, text
+        assert not (tmp_path / "back").exists()
+
+
 def test_an_error_in_the_middle_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "a" / "b") as folder:  # noqa: PT012
         (folder / "half").write_text("x")
