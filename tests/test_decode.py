@@ -190,6 +190,9 @@ def test_the_command_continues_prompts_of_a_stored_run(tmp_path, capsys):
     for wrong, words in (
         ("--top_p=0", "top_p=0"),
         ("--mesh=experts=2", "axes are"),
+        ("--mesh=expert=--2", "'expert=--2' is no AXIS=SIZE"),
+        ("--seed=99999999999999999999", "--seed=99999999999999999999 must lie between"),
+        ("--seed=-1", "--seed=-1 must lie between"),
         ("--step=4", "there: 3"),
         ("--max_tokens=999", "max_seq_len=128"),
         ("--num_samples=2", "temperature"),

@@ -1,6 +1,7 @@
 """The shape of a model: config.json of Hugging Face, params.json of Mistral, and our Config, each read and written."""
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +112,16 @@ class _Keys:
         self.path, self.values = path, read_json(path)
 
     def number(self, key: str, default=None, kind=int):
-        value = self.values.get(key)
+        """A finite number; `moe.num_experts` is the key num_experts of the object moe."""
+        value = self.values
+        for part in key.split("."):
+            value = value.get(part)
         value = default if value is None else value
         if value is None:
             raise UserError(f"{self.path} has no {key}; take the config of the original model")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and value != int(value)):
-            raise UserError(f"{self.path}: {key}={value!r}; it must be of type {kind.__name__}")
+        finite = type(value) in (int, float) and abs(value) <= sys.float_info.max
+        if not finite or (kind is int and value != int(value)):
+            raise UserError(f"{self.path}: {key}={value!r}; it must be a finite number of type {kind.__name__}")
         return kind(value)
 
 
@@ -146,6 +151,8 @@ def read_hugging_face(folder: Path, dense_experts: tuple[int, int] | None = None
     if tied and dense_experts is None:
         raise UserError(f"{path}: tie_word_embeddings=true; a Mixtral has a head of its own")
     heads, width = keys.number("num_attention_heads"), keys.number("hidden_size")
+    if heads < 1:
+        raise UserError(f"{path}: num_attention_heads={heads}; it must be at least 1")
     if dense_experts is None:
         experts, chosen = keys.number("num_local_experts"), keys.number("num_experts_per_tok")
         balance = keys.number("router_aux_loss_coef", 0.001, float) * chosen
@@ -173,11 +180,15 @@ def read_hugging_face(folder: Path, dense_experts: tuple[int, int] | None = None
 
 def _rope_theta(keys: _Keys, default: float | None) -> float:
     """Theta stands at the top level (older files), in rope_parameters (transformers 5), or in both."""
-    inside = keys.values.get("rope_parameters") or keys.values.get("rope_scaling") or {}
+    place = "rope_parameters" if keys.values.get("rope_parameters") else "rope_scaling"
+    inside = keys.values.get(place) or {}
+    if not isinstance(inside, dict):
+        raise UserError(f"{keys.path}: {place}={inside!r}; it must be an object")
     kind = inside.get("rope_type", inside.get("type", "default"))
     if kind != "default":
         raise UserError(f"{keys.path}: RoPE of type {kind!r} is not supported; Mixtral has the default one")
-    found = {float(v) for v in (keys.values.get("rope_theta"), inside.get("rope_theta")) if v is not None}
+    holders = {"rope_theta": keys.values, f"{place}.rope_theta": inside}
+    found = {keys.number(key, kind=float) for key, held in holders.items() if held.get("rope_theta") is not None}
     if len(found) > 1:
         raise UserError(f"{keys.path}: rope_theta is {sorted(found)} in two places; make them agree")
     if not found and default is None:
@@ -205,8 +216,8 @@ def read_mistral(folder: Path) -> tuple[ModelConfig, float, bool]:
         num_kv_heads=keys.number("n_kv_heads"),
         head_dim=keys.number("head_dim"),
         d_ff=keys.number("hidden_dim"),
-        num_experts=int(moe["num_experts"]),
-        experts_per_token=int(moe["num_experts_per_tok"]),
+        num_experts=keys.number("moe.num_experts"),
+        experts_per_token=keys.number("moe.num_experts_per_tok"),
         # Mixtral's own params.json leaves these three out: they are Mixtral's values.
         max_seq_len=keys.number("max_position_embeddings", keys.number("max_seq_len", 32768)),
         rope_theta=keys.number("rope_theta", 1e6, float),

@@ -1,5 +1,6 @@
 """Files of Hugging Face's or Mistral's -> a workdir of ours; and a Mixtral made from a dense model."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +55,10 @@ def upcycle(
     """
     if not 1 <= chosen <= experts:
         raise UserError(f"--experts_per_token={chosen} must lie between 1 and --experts={experts}")
-    if noise < 0 or router_std <= 0:
-        raise UserError(f"--noise={noise} must not be negative, and --router_std={router_std} must be positive")
+    if not (0 <= noise < math.inf and 0 < router_std < math.inf):
+        raise UserError(f"--noise={noise} must be 0 or more, --router_std={router_std} more than 0, and both finite")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed={seed} must lie between 0 and {2**32 - 1}")
 
     with store.new_directory(target) as folder:
         dense = Foreign(resolve_checkpoint(FOREIGN + str(source).removeprefix(FOREIGN)).folder, (experts, chosen))

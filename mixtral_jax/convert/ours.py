@@ -84,5 +84,5 @@ def _open(folder: Path, cache: int) -> dict[str, ts.TensorStore]:
 def _explained(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} is damaged or incomplete, take another step or copy it again: {error}") from error

@@ -71,7 +71,11 @@ class Shards:
         self._files.clear()
 
     def _index(self, path: Path) -> dict[str, str]:
-        self._total = (content := read_json(path)).get("metadata", {}).get("total_size")
+        content = read_json(path)
+        metadata = content.get("metadata", {})
+        if not isinstance(metadata, dict):
+            raise UserError(f"{path}: metadata={metadata!r}; it must be an object")
+        self._total = metadata.get("total_size")
         listed = content.get("weight_map")
         if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
             raise UserError(f"{path} has no weight_map from tensors to files")

@@ -28,8 +28,15 @@ def new_directory(target: Path) -> Iterator[Path]:
     Raises:
         UserError: target exists and is not an empty directory, or cannot be made.
     """
+    given = target
+    try:
+        target = target.expanduser().absolute()
+    except RuntimeError as error:
+        raise UserError(f"{given}: {error}") from None
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists already; give a new directory, or remove it first")
+        raise UserError(f"{given} exists already; give a new directory, or remove it first")
+    if target == Path.cwd():
+        raise UserError(f"{given} is the current directory, which cannot be replaced; give a new directory")
     work = target.with_name(f".{target.name}.{os.getpid()}.partial")
     made = [p for p in target.parents if not p.exists()]
     try:
@@ -44,7 +51,7 @@ def new_directory(target: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 parent.rmdir()
         if isinstance(error, OSError):
-            raise UserError(f"{target} was not made: {error}") from error
+            raise UserError(f"{given} was not made: {error}") from error
         raise
 
 

@@ -1,6 +1,7 @@
 """The command line of generation; see `python -m mixtral_jax.generate --help`."""
 
 import argparse
+import re
 import sys
 
 from mixtral_jax.config import AXES, RunError, UserError
@@ -99,6 +100,8 @@ def _check(a: argparse.Namespace) -> None:
         raise UserError(f"--num_samples={a.num_samples} --max_tokens={a.max_tokens}; both must be at least 1")
     if a.num_samples > 1 and a.temperature == 0:
         raise UserError("--num_samples at --temperature=0 gives the same text again and again; set a temperature")
+    if not 0 <= a.seed < 2**32:
+        raise UserError(f"--seed={a.seed} must lie between 0 and {2**32 - 1}")
     if not a.prompt and not a.chat:
         raise UserError("--prompt is missing; give a text to continue, or --chat to talk")
     if not a.prompt and a.num_samples > 1:
@@ -129,7 +132,7 @@ def _mesh_sizes(text: str | None) -> dict[str, int] | None:
     sizes = {}
     for item in text.split(","):
         axis, _, size = item.partition("=")
-        if axis not in AXES or not size.lstrip("-").isdecimal():
+        if axis not in AXES or not re.fullmatch(r"-1|\d{1,9}", size):
             raise UserError(f"--mesh={text}: {item!r} is no AXIS=SIZE; axes are {', '.join(AXES)}, a size may be -1")
         sizes[axis] = int(size)
     return sizes

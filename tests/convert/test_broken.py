@@ -1,13 +1,16 @@
 """Broken sources: an error that names what is wrong, exit status 2, and nothing left behind."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from mixtral_jax.config import UserError
 from mixtral_jax.convert.__main__ import main
+from mixtral_jax.convert.architecture import read_mistral
 from mixtral_jax.convert.store import new_directory
 from tests.convert import sources
 from tests.golden import reference
@@ -91,6 +94,10 @@ def lying_total(folder):
     edit_json(folder / INDEX, lambda index: index["metadata"].update(total_size=1234))
 
 
+def index_metadata(value):
+    return lambda folder: edit_json(folder / INDEX, lambda index: index.update(metadata=value))
+
+
 def doubled_tensor(folder):
     other = {EXPERT: np.zeros((48, 32), np.float32)}
     for k in (1, 2, 3):
@@ -130,6 +137,8 @@ CASES = {
     "lying index": (lying_index, [EXPERT, "the index says model-0"]),
     "ghost in the index": (index_with_a_ghost, ["model.ghost.weight", "no file"]),
     "lying total": (lying_total, ["total_size is 1234"]),
+    "index metadata null": (index_metadata(None), [INDEX, "metadata=None"]),
+    "index metadata a list": (index_metadata([1]), [INDEX, "metadata=[1]"]),
     "doubled tensor": (doubled_tensor, [EXPERT, "both"]),
     "index is no JSON": (index_is_no_json, [INDEX, "JSON"]),
     "no config": (no_config, ["config.json"]),
@@ -142,6 +151,14 @@ CASES = {
     "scaled RoPE": (config_change(rope_scaling={"type": "linear", "factor": 2.0}), ["linear"]),
     "another activation": (config_change(hidden_act="gelu"), ["hidden_act='gelu'"]),
     "quantised": (config_change(quantization_config={"bits": 4}), ["quantization_config"]),
+    "theta as text": (config_change(rope_theta="1e6"), ["config.json", "rope_theta='1e6'"]),
+    "theta a list": (config_change(rope_theta=[1e6]), ["rope_theta=[1000000.0]"]),
+    "theta true": (config_change(rope_theta=True), ["rope_theta=True"]),
+    "inner theta as text": (config_change(rope_parameters={"rope_theta": "x"}), ["rope_parameters.rope_theta='x'"]),
+    "RoPE as text": (config_change(rope_parameters="default"), ["config.json", "rope_parameters='default'"]),
+    "no heads": (config_change(num_attention_heads=0), ["config.json", "num_attention_heads=0"]),
+    "NaN for a size": (config_change(hidden_size=float("nan")), ["config.json", "hidden_size=nan"]),
+    "infinite size": (config_change(vocab_size=float("inf")), ["vocab_size=inf"]),
     "text for a number": (config_change(hidden_size="32"), ["hidden_size='32'"]),
 }
 
@@ -174,6 +191,37 @@ def test_a_target_that_exists_is_not_touched(tmp_path, capsys):
     assert main(["import", f"--from={source}", f"--to={tmp_path / 'run'}"]) == 2
     assert "exists already" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine"]
+
+
+def test_a_target_may_stand_in_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    with new_directory(Path("~/run")) as folder:
+        (folder / "x").write_text("x")
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert (tmp_path / "home" / "run" / "x").is_file()
+
+
+@pytest.mark.parametrize(
+    ("target", "words"), [(".", "is the current directory"), ("~no_such_user/run", "~no_such_user")]
+)
+def test_a_target_that_cannot_be_made_is_explained(tmp_path, monkeypatch, target, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=words), new_directory(Path(target)):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_description_of_our_arrays_is_explained(tmp_path, capsys):
+    source = sources.mixtral(tmp_path / "hf")
+    assert main(["import", f"--from={source}", f"--to={tmp_path / 'run'}"]) == 0
+    (path,) = (tmp_path / "run").glob("checkpoints/0/params/_METADATA")
+    for text in ("[]", "null", "{", '{"tree_metadata": []}', '{"tree_metadata": {"x": null}}'):
+        path.write_text(text)
+        assert main(["export", f"--from={tmp_path / 'run'}", f"--to={tmp_path / 'back'}"]) == 2
+        message = capsys.readouterr().err
+        assert "params is damaged or incomplete" in message, text
+        assert not (tmp_path / "back").exists()
 
 
 def test_an_error_in_the_middle_leaves_nothing(tmp_path):
@@ -213,6 +261,26 @@ def test_pickled_weights_are_not_read(tmp_path, capsys):
     assert main(["import", f"--from={folder}", f"--to={tmp_path / 'run'}"]) == 2
     assert "only torch can read" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["num_experts", "num_experts_per_tok"])
+@pytest.mark.parametrize("value", [None, "8", 4.7, [8]])
+def test_experts_of_mistral_are_whole_numbers(tmp_path, key, value):
+    params = dict(dim=32, n_layers=2, head_dim=8, hidden_dim=48, n_heads=4, n_kv_heads=2, norm_eps=1e-5, vocab_size=64)
+    moe = {"num_experts": 4, "num_experts_per_tok": 2} | {key: value}
+    (tmp_path / "params.json").write_text(json.dumps(params | {"moe": moe}))
+    words = f"params.json has no moe.{key};" if value is None else f"params.json: moe.{key}={value!r};"
+    with pytest.raises(UserError, match=re.escape(words)):
+        read_mistral(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--seed=-1", f"--seed={2**32}", "--noise=nan", "--noise=inf", "--router_std=inf", "--router_std=nan"]
+)
+def test_impossible_numbers_of_an_upcycle_are_refused(tmp_path, capsys, flag):
+    assert main(["upcycle", f"--from={tmp_path / 'in'}", f"--to={tmp_path / 'run'}", flag]) == 2
+    assert flag in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_router_bias_cannot_be_exported(tmp_path, capsys, monkeypatch):
