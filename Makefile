@@ -50,6 +50,7 @@ benchmark: .venv/installed
 	.venv/bin/python -m benchmarks.compile_time
 	.venv/bin/python -m benchmarks.data
 	.venv/bin/python -m benchmarks.conversion_memory
+	.venv/bin/python -m benchmarks.decode
 
 clean:
 	rm -rf .venv .venv-parity runs reports
