@@ -25,8 +25,11 @@ def base() -> ConfigDict:
             router_bias=False,  # a per-expert bias that only steers the choice (aux-loss-free balancing)
             dtype="bfloat16",  # activations and matmuls; weights, router, norms and loss stay float32
             scan_layers=True,  # one compiled layer body; False unrolls
-            remat="full",  # none | outputs | dots | full: what the backward pass recomputes
-            expert_backend="blocks",  # blocks | dense (the oracle: E / K times the work)
+            remat="full",  # none | outputs | dots | full: what the backward pass recomputes; offload: outputs, on the host
+            attention="auto",  # plain (the oracle) | chunked | cudnn (GPU) | splash (TPU); auto: the platform's
+            dispatch="auto",  # how tokens reach experts: ring | ragged; auto: the platform's
+            buffer_factor=0.0,  # rows a device may receive over its even share, ragged only; 0: all, nothing is dropped
+            expert_backend="auto",  # blocks | dense (the oracle: E / K times the work) | megablox (TPU) | tokamax (GPU)
             expert_block=256,  # rows in one block of the blocks backend
         )
     )
@@ -55,6 +58,7 @@ def base() -> ConfigDict:
             eps=1e-8,
             clip_norm=1.0,  # 0: no clipping
             moment_dtype="float32",
+            offload=False,  # keep the moments in host memory (accelerators only)
         )
     )
     c.mesh = ConfigDict(dict(data=1, fsdp=-1, expert=1, context=1, tensor=1))  # -1: what is left of the devices

@@ -46,8 +46,11 @@ class ModelConfig:
     router_bias: bool
     dtype: Literal["float32", "bfloat16"]
     scan_layers: bool
-    remat: Literal["none", "outputs", "dots", "full"]
-    expert_backend: Literal["blocks", "dense"]
+    remat: Literal["none", "outputs", "dots", "full", "offload"]
+    attention: Literal["auto", "plain", "chunked", "cudnn", "splash"]
+    dispatch: Literal["auto", "ring", "ragged"]
+    buffer_factor: float
+    expert_backend: Literal["auto", "blocks", "dense", "megablox", "tokamax"]
     expert_block: int
 
 
@@ -80,6 +83,7 @@ class OptimConfig:
     eps: float
     clip_norm: float
     moment_dtype: Literal["float32", "bfloat16"]
+    offload: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,7 +312,7 @@ def _validate_ranges(config: Config) -> None:
             value = getattr(getattr(config, group), key)
             _require(value >= 1, f"{group}.{key}={value}; it must be at least 1")
     for group, keys in (
-        ("model", "sliding_window init_std norm_eps"),
+        ("model", "sliding_window init_std norm_eps buffer_factor"),
         ("loss", "balance_weight router_z_weight z_weight bias_update_rate"),
         ("optim", "learning_rate warmup_steps decay_steps final_lr_ratio weight_decay eps clip_norm"),
         ("data", "max_bad_rows"),

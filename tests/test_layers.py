@@ -7,7 +7,7 @@ import pytest
 
 LAYERS = [
     {"config", "sharding"},
-    {"models", "kernels", "losses", "optim", "data"},
+    {"backends", "models", "kernels", "losses", "optim", "data"},
     {"fingerprint", "checkpoint", "workdir", "metrics", "progress", "jsonl", "load", "resolve", "generate", "convert"}
     | {"appending", "events", "writers", "timing", "profile", "memory", "compilation_cache", "interrupt"},
     {"stages", "step", "resume", "run", "interlude", "trainer", "evals", "report", "panels", "time_panels"},

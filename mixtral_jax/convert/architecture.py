@@ -31,7 +31,15 @@ _OFF = {
 }
 # The part of ModelConfig that no file says: how we compute. Values of configs/common.py; a test keeps them equal.
 COMPUTE = dict(
-    init_std=0.02, router_bias=False, scan_layers=True, remat="full", expert_backend="blocks", expert_block=256
+    init_std=0.02,
+    router_bias=False,
+    scan_layers=True,
+    remat="full",
+    attention="auto",
+    dispatch="auto",
+    buffer_factor=0.0,
+    expert_backend="auto",
+    expert_block=256,
 )
 
 
@@ -64,6 +72,7 @@ def run_config(model: ModelConfig, balance_weight: float, tokenizer: str) -> Con
             eps=1e-8,
             clip_norm=1.0,
             moment_dtype="float32",
+            offload=False,
         ),
         mesh=MeshConfig(data=1, fsdp=-1, expert=1, context=1, tensor=1),
         data=DataConfig(

@@ -9,7 +9,17 @@ from mixtral_jax.convert.transfer import Transfer
 from mixtral_jax.convert.weights import Weights, all_blocks, as_float32, open_weights, ordered, total_bytes
 
 # How we compute, not what the model is.
-_IGNORED = {"dtype", "init_std", "scan_layers", "remat", "expert_backend", "expert_block"}
+_IGNORED = {
+    "dtype",
+    "init_std",
+    "scan_layers",
+    "remat",
+    "attention",
+    "dispatch",
+    "buffer_factor",
+    "expert_backend",
+    "expert_block",
+}
 
 
 @dataclasses.dataclass

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from mixtral_jax import backends
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels import BACKENDS, separate
 from mixtral_jax.sharding import act_spec, param_spec, suffix
@@ -144,7 +145,7 @@ def local_experts(x_BTD, gates_BTK, index_BTK, w_gate_eDF, w_up_eDF, w_down_eFD,
     Returns:
         out_BTD (the part of these experts), computed: number of assignments that were computed, int32.
     """
-    grouped_swiglu = BACKENDS[config.expert_backend]
+    grouped_swiglu = BACKENDS[backends.resolve(config).expert_backend]
     # An expert has at most one row of each token: a larger block would only multiply padding (when decoding).
     block = min(config.expert_block, x_BTD.shape[0] * x_BTD.shape[1])
 

@@ -1,0 +1,39 @@
+"""Which implementation "auto" means on which platform: attention, how tokens reach experts, how experts multiply."""
+
+import dataclasses
+import importlib.util
+
+import jax
+
+from mixtral_jax.config import ModelConfig
+
+# The H100 and TPU choices follow docs/design.md, "Experts" and "Attention"; the CPU's are measured in benchmarks/.
+DEFAULTS = {
+    "cpu": {"attention": "chunked", "dispatch": "ring", "expert_backend": "blocks"},
+    "gpu": {"attention": "cudnn", "dispatch": "ring", "expert_backend": "tokamax"},
+    "tpu": {"attention": "splash", "dispatch": "ragged", "expert_backend": "megablox"},
+}
+
+
+def resolve(config: ModelConfig, platform: str | None = None) -> ModelConfig:
+    """Replaces every "auto" by the platform's implementation; what was chosen by name stays.
+
+    Args:
+        config: a model.
+        platform: "cpu", "gpu" or "tpu"; default: the one that jax uses here. Whoever compiles for another machine (the
+            plan of a pod) must name it.
+
+    Returns:
+        The model with every backend named.
+    """
+    platform = platform or jax.default_backend()
+    chosen = dict(DEFAULTS.get(platform, DEFAULTS["cpu"]))
+    if chosen["attention"] == "cudnn" and config.dtype != "bfloat16":
+        chosen["attention"] = "chunked"  # cuDNN's flash attention has no float32
+    if chosen["attention"] == "splash" and config.head_dim % 128:
+        chosen["attention"] = "chunked"  # the TPU kernel's lanes are 128 wide
+    if chosen["expert_backend"] == "tokamax" and importlib.util.find_spec("tokamax") is None:
+        chosen["expert_backend"] = "blocks"
+    return dataclasses.replace(
+        config, **{name: value for name, value in chosen.items() if getattr(config, name) == "auto"}
+    )
