@@ -40,6 +40,17 @@ def typed_config(value: ConfigDict | None) -> Config:
     return from_config_dict(value)
 
 
+def threads_for_fake_devices() -> None:
+    """Gives XLA enough threads where one CPU stands in for several devices; before jax makes its client.
+
+    Its pool has as many threads as there are cores or devices, and a device that waits in a collective keeps its thread.
+    A loop with collectives and a collective beside it can take all of them: nothing moves, and after 40 s XLA aborts.
+    """
+    several = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if several or os.environ.get("JAX_NUM_CPU_DEVICES", "1") != "1":
+        os.environ.setdefault("PJRT_NPROC", "64")
+
+
 def run(main: Callable[[], None], usage: str) -> None:
     """Parses flags, runs main, and exits; a UserError or a wrong flag is printed in one piece, without a stack trace.
 
@@ -50,7 +61,13 @@ def run(main: Callable[[], None], usage: str) -> None:
     if any(arg in ("--help", "-help", "-h") for arg in sys.argv[1:]):
         print(usage.strip() + "\n\nFlags:\n" + flags.FLAGS.module_help(sys.modules["__main__"]))
         sys.exit(0)
-    status = _status(main)
+    threads_for_fake_devices()
+
+    def program() -> None:
+        _parse()
+        main()
+
+    status = guarded(program, "interrupted; run the same command again to continue from the last checkpoint")
     if any(type(thread).__module__.startswith("orbax.") for thread in threading.enumerate()):
         # Of a save that failed: they wait, for ten minutes, for folders that nobody will make any more.
         for stream in (sys.stdout, sys.stderr):
@@ -59,11 +76,16 @@ def run(main: Callable[[], None], usage: str) -> None:
     sys.exit(status)
 
 
-def _status(main: Callable[[], None]) -> int:
+def guarded(main: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+    """Runs a program and returns its exit status; what is explained is printed without a stack trace.
+
+    Args:
+        main: the program; what it returns is the status, None means 0.
+        interrupted: what to say after Ctrl-C.
+    """
     try:
         with messages():
-            _parse()
-            main()
+            return main() or 0
     except InterruptedRun as stopped:
         print(stopped, file=sys.stderr)
         return stopped.status
@@ -74,9 +96,8 @@ def _status(main: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.status
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue from the last checkpoint", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return 130
-    return 0
 
 
 def _parse() -> None:

@@ -8,6 +8,7 @@ os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
 )
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("PJRT_NPROC", "64")  # cli.py says why
 
 import jax
 import pytest

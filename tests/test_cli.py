@@ -1,10 +1,13 @@
 """The commands as a user runs them: exit status 0 done, 2 a mistake explained, and no stack trace for a mistake."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from mixtral_jax import cli
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,3 +61,21 @@ def test_generate_explains_itself_and_its_mistakes():
     assert done.returncode == 2
     assert "nowhere is no directory; give a run's workdir" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("set_", "want"),
+    [
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}, "64"),
+        ({"JAX_NUM_CPU_DEVICES": "4"}, "64"),
+        ({"JAX_NUM_CPU_DEVICES": "4", "PJRT_NPROC": "9"}, "9"),
+        ({}, None),
+    ],
+)
+def test_fake_devices_get_enough_threads(monkeypatch, set_, want):
+    for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "PJRT_NPROC"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in set_.items():
+        monkeypatch.setenv(name, value)
+    cli.threads_for_fake_devices()
+    assert os.environ.get("PJRT_NPROC") == want

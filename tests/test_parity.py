@@ -113,8 +113,9 @@ def test_equals_transformers_live(name):
 def trained(name: str) -> dict[str, np.ndarray]:
     """The losses and norms of training.STEPS steps of our train step, settings and batches those of training.py."""
     b1, b2 = training.BETAS
-    optim = dict(name="adamw", learning_rate=training.LEARNING_RATE, schedule="constant", warmup_steps=0, b1=b1, b2=b2)
-    optim |= dict(weight_decay=training.WEIGHT_DECAY, eps=training.EPS, clip_norm=training.CLIP)
+    chosen = training.settings(name)
+    optim = dict(name="adamw", learning_rate=chosen["learning_rate"], schedule="constant", warmup_steps=0, b1=b1, b2=b2)
+    optim |= dict(weight_decay=training.WEIGHT_DECAY, eps=chosen["eps"], clip_norm=training.CLIP)
     changes = {f"optim__{key}": value for key, value in optim.items()}
     config, model, _ = ours(name, loss__balance_weight=training.BALANCE, **changes)
     optimizer = make_optimizer(config.optim, training.STEPS)
@@ -123,7 +124,7 @@ def trained(name: str) -> dict[str, np.ndarray]:
     state = TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model), jnp.zeros((), bool))
     out: dict = {"token_loss": [], "balance_loss": [], "gradient_norm": []}
     for k in range(training.STEPS):
-        state, metrics = step(state, our_batch(training.batch(reference.SHAPES[name], k)))
+        state, metrics = step(state, our_batch(training.batch(name, k)))
         for key, values in out.items():
             values.append(float(metrics[key]))
     return {key: np.asarray(values) for key, values in out.items()}
@@ -145,10 +146,10 @@ def test_50_steps_of_adamw_equal_stored_ones_of_torch(name):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("name", ["mixtral", "window_top3"])
+@pytest.mark.parametrize("name", reference.LIVE)
 def test_50_steps_of_adamw_equal_torchs_live(name):
     pytest.importorskip("torch")
-    check_training(name, training.losses(reference.SHAPES[name]))
+    check_training(name, training.losses(name))
 
 
 @pytest.mark.parity

@@ -1,6 +1,5 @@
 """Files of Hugging Face's or Mistral's -> a workdir of ours; and a Mixtral made from a dense model."""
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +54,10 @@ def upcycle(
     """
     if not 1 <= chosen <= experts:
         raise UserError(f"--experts_per_token={chosen} must lie between 1 and --experts={experts}")
-    if not (0 <= noise < math.inf and 0 < router_std < math.inf):
-        raise UserError(f"--noise={noise} must be 0 or more, --router_std={router_std} more than 0, and both finite")
+    if not (0 <= noise <= 10 and 0 < router_std <= 10):
+        raise UserError(
+            f"--noise={noise} must lie in [0, 10] and --router_std={router_std} in (0, 10]; usual: 0 and 0.02"
+        )
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed={seed} must lie between 0 and {2**32 - 1}")
 

@@ -4,9 +4,9 @@ import argparse
 import re
 import sys
 
-from mixtral_jax.config import AXES, RunError, UserError
+from mixtral_jax import cli
+from mixtral_jax.config import AXES, UserError
 from mixtral_jax.generate.terminal import converse, say, show
-from mixtral_jax.progress import messages
 
 EPILOG = """examples:
   python -m mixtral_jax.generate --checkpoint=runs/demo --prompt='def main(' --max_tokens=64
@@ -23,19 +23,8 @@ TOKENS, CHAT_TOKENS = 64, 512  # the default of --max_tokens
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns the exit status."""
     arguments = _parser().parse_args(argv)
-    try:
-        with messages():
-            _run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.status
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    return 0
+    cli.threads_for_fake_devices()
+    return cli.guarded(lambda: _run(arguments), "\ninterrupted")
 
 
 def _parser() -> argparse.ArgumentParser:

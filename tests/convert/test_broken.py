@@ -275,7 +275,16 @@ def test_experts_of_mistral_are_whole_numbers(tmp_path, key, value):
 
 
 @pytest.mark.parametrize(
-    "flag", ["--seed=-1", f"--seed={2**32}", "--noise=nan", "--noise=inf", "--router_std=inf", "--router_std=nan"]
+    "flag",
+    [
+        "--seed=-1",
+        f"--seed={2**32}",
+        "--noise=nan",
+        "--noise=inf",
+        "--noise=1e+300",
+        "--router_std=inf",
+        "--router_std=nan",
+    ],
 )
 def test_impossible_numbers_of_an_upcycle_are_refused(tmp_path, capsys, flag):
     assert main(["upcycle", f"--from={tmp_path / 'in'}", f"--to={tmp_path / 'run'}", flag]) == 2

@@ -89,6 +89,14 @@ def test_a_tied_head_is_the_embedding(tmp_path):
     np.testing.assert_array_equal(leaves["head_DV"], arrays["model.embed_tokens.weight"].T)
 
 
+def test_the_rope_frequencies_of_old_llama_files_are_no_weights(tmp_path):
+    source, arrays, config = sources.dense(tmp_path / "dense", "llama")
+    want = our_logits(upcycled(source, tmp_path / "run"))
+    old = arrays | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32) for i in range(2)}
+    source = sources.write(tmp_path / "old", old, config, shards=2)
+    np.testing.assert_array_equal(our_logits(upcycled(source, tmp_path / "again")), want)
+
+
 def test_mistakes_are_explained(tmp_path, capsys):
     source, _, _ = sources.dense(tmp_path / "dense")
     for arguments, text in (
