@@ -24,12 +24,13 @@ _SIZE = r"([\d.]+)\s*([KMGTP]?)(?:i?B|\b)(?:ytes)?"
 _ASKED = (
     rf"out of memory (?:while trying to allocate|allocating|trying to allocate) {_SIZE}",
     rf"ran out of memory in memory space hbm\. used {_SIZE} of",
+    rf"required for hlo temporaries \({_SIZE}\)",
     rf"attempting to (?:allocate|reserve) {_SIZE}",
     rf"failed to allocate (?:request for )?{_SIZE}",
     rf"unable to allocate {_SIZE} for an array",
 )
 _FREE = (rf"there are {_SIZE} free",)
-_CAPACITY = (rf"used [\d.]+[KMGTP]? of {_SIZE} hbm",)
+_CAPACITY = (rf"used [\d.]+[KMGTP]? of {_SIZE} hbm", rf"exceeds available hbm \({_SIZE}\)")
 _IS_OOM = re.compile(
     r"out of memory|ran out of memory|failed to allocate|that was not possible|bad_alloc|unable to allocate", re.I
 )
@@ -171,13 +172,18 @@ def explain_oom(
     width = max(len(name) for name, *_ in rows)
     table = [f"  {name:<{width}}  {readable(size):>10}{note}" for name, size, note in rows]
     short = max(asked - (free or capacity), 0) if asked and (free or capacity) else None
-    knobs = _knobs(config, state_or_abstract, have, short)
-    help_ = [f"  {i}. {label}: about {readable(gain)} less on each device" for i, (gain, label) in enumerate(knobs, 1)]
+    found = knobs(config, state_or_abstract, have, short)
+    help_ = [f"  {i}. {label}: about {readable(gain)} less on each device" for i, (gain, label) in enumerate(found, 1)]
     lines = [_headline(have, asked, free), "On each device:", *table]
     lines += ["What would help most:", *help_] if help_ else ["Use more devices or a smaller model."]
-    if short and help_ and sum(gain for gain, _ in knobs) < short:
+    if short and help_ and sum(gain for gain, _ in found) < short:
         lines.append("  Together that may not be enough: use more devices or a smaller model.")
     return "\n".join(lines)
+
+
+def used_and_limit(text: str) -> tuple[int | None, int | None]:
+    """What a compiler's message about memory asks for and allows, in bytes; None where it does not say."""
+    return _first(_ASKED, text), _first(_CAPACITY, text)
 
 
 def _first(patterns: tuple[str, ...], text: str) -> int | None:
@@ -251,7 +257,7 @@ def _total(config: Config, state) -> int:
     return total
 
 
-def _knobs(config: Config, state, have: Available, short: int | None) -> list[tuple[int, str]]:
+def knobs(config: Config, state, have: Available, short: int | None) -> list[tuple[int, str]]:
     """The three changes that save most on a device, (bytes, text), as estimated; only ones the configuration allows."""
     now = _total(config, state)
     found = []

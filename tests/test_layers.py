@@ -10,7 +10,7 @@ LAYERS = [
     {"backends", "models", "kernels", "losses", "optim", "data"},
     {"fingerprint", "checkpoint", "workdir", "metrics", "progress", "jsonl", "load", "resolve", "generate", "convert"}
     | {"appending", "events", "writers", "timing", "profile", "memory", "compilation_cache", "interrupt"},
-    {"stages", "step", "resume", "run", "interlude", "trainer", "evals", "report", "panels", "time_panels"},
+    {"stages", "step", "resume", "run", "interlude", "trainer", "evals", "report", "panels", "time_panels", "plan"},
     {"cli"},
     {"env"},
 ]
