@@ -5,7 +5,7 @@ import importlib.util
 
 import jax
 
-from mixtral_jax.config import ModelConfig
+from mixtral_jax.config import SPLASH_BLOCK, ModelConfig
 
 # The H100 and TPU choices follow docs/design.md, "Experts" and "Attention"; the CPU's are measured in benchmarks/.
 DEFAULTS = {
@@ -13,6 +13,19 @@ DEFAULTS = {
     "gpu": {"attention": "cudnn", "dispatch": "ring", "expert_backend": "tokamax"},
     "tpu": {"attention": "splash", "dispatch": "ragged", "expert_backend": "megablox"},
 }
+
+
+def attention(config: ModelConfig, t: int, context: int) -> str:
+    """The implementation of attention for rows of T on a mesh whose axis `context` has so many shards.
+
+    The kernels of accelerators are for training's shapes, which resolve_mesh checks when they are chosen by name; prompts
+    of other lengths, and what "auto" would choose for a shape it cannot, go through `chunked`.
+    """
+    chosen = resolve(config).attention
+    multiple = SPLASH_BLOCK * (2 * context if context > 1 else 1)
+    if (chosen == "splash" and t % multiple) or (chosen == "cudnn" and context > 1):
+        return "chunked"
+    return chosen
 
 
 def resolve(config: ModelConfig, platform: str | None = None) -> ModelConfig:
