@@ -28,6 +28,11 @@ def attention(config: ModelConfig, t: int, context: int) -> str:
     return chosen
 
 
+def _capability() -> tuple[int, ...]:
+    """The compute capability of the GPU that is here."""
+    return tuple(map(int, jax.local_devices()[0].compute_capability.split(".")))
+
+
 def resolve(config: ModelConfig, platform: str | None = None) -> ModelConfig:
     """Replaces every "auto" by the platform's implementation; what was chosen by name stays.
 
@@ -43,6 +48,8 @@ def resolve(config: ModelConfig, platform: str | None = None) -> ModelConfig:
     chosen = dict(DEFAULTS.get(platform, DEFAULTS["cpu"]))
     if chosen["attention"] == "cudnn" and config.dtype != "bfloat16":
         chosen["attention"] = "chunked"  # cuDNN's flash attention has no float32
+    if chosen["attention"] == "cudnn" and jax.default_backend() == "gpu" and _capability() < (9, 0):
+        chosen["attention"] = "chunked"  # it packs documents on Hopper and later only
     if chosen["attention"] == "splash" and config.head_dim % 128:
         chosen["attention"] = "chunked"  # the TPU kernel's lanes are 128 wide
     if chosen["expert_backend"] == "tokamax" and importlib.util.find_spec("tokamax") is None:

@@ -12,6 +12,8 @@ from mixtral_jax.config import UserError
 from mixtral_jax.models.attention import chunked
 from mixtral_jax.models.attention.plain import Places
 
+CUDNN = 90600  # 9.6.0, as cuDNN writes it
+CAPABILITY = "9.0"
 MIN_MEAN_DOCUMENT = 256  # tokens: see `most_documents`
 
 
@@ -59,11 +61,14 @@ def attend(q_BTNH, k_BSGH, v_BSGH, queries: Places, keys: Places, window: int):
         UserError: there is no cuDNN here, or the dtype is not bfloat16.
     """
     try:
-        fused.check_cudnn_version()
-    except RuntimeError as error:
+        found = fused.check_cudnn_version()
+    except RuntimeError:
+        found = 0
+    if found < CUDNN or not fused.check_compute_capability(CAPABILITY):
         raise UserError(
-            f"model.attention=cudnn needs an NVIDIA GPU with cuDNN 9.6 ({error}); set model.attention=chunked"
-        ) from error
+            f"model.attention=cudnn packs documents with cuDNN {CUDNN} and compute capability {CAPABILITY} (Hopper) or later; "
+            f"here is {f'cuDNN {found} or an older GPU' if found else 'no cuDNN'}; set model.attention=chunked"
+        )
     if q_BTNH.dtype != jnp.bfloat16:
         raise UserError(
             f"model.attention=cudnn with {q_BTNH.dtype}; set model.dtype=bfloat16 or model.attention=chunked"
