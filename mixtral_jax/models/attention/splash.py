@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info_lib
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mixtral_jax.models.attention.plain import Places
@@ -59,15 +60,23 @@ def masks(t: int, context: int, window: int):
     """The kernel for rows of T, for any number of heads: a pytree of its mask's arrays; see `masks_spec`."""
     size = block_size(t, context)
     sizes = dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), size)
-    with jax.ensure_compile_time_eval():
-        kernel = kernels.make_splash_mha(
-            mask_lib.MultiHeadMask([_Mask(t, context, window)]),
-            block_sizes=kernels.BlockSizes(**sizes),
-            head_shards=1,
-            q_seq_shards=context,
-        )
-    # Arrays of the host: the program may be compiled for devices that are not here.
-    return jax.tree.map(np.asarray, kernel)
+    mask = mask_lib.MultiHeadMask([_Mask(t, context, window)])
+    # As kernels.make_splash_mha, but with arrays of the host: the program may be compiled for devices that are not here.
+    forward, mask_function = mask_info_lib.process_mask(mask, (size, size), q_seq_shards=context)
+    backward, _ = mask_info_lib.process_mask_dkv(mask, (size, size), q_seq_shards=context)
+    return kernels.SplashAttentionKernel(
+        forward,
+        forward,
+        backward,
+        block_sizes=kernels.BlockSizes(**sizes),
+        is_mqa=False,
+        save_residuals=False,
+        mask_value=kernels.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=None,
+        residual_checkpoint_name=None,
+        mask_function=mask_function,
+        interpret=False,
+    )
 
 
 def masks_spec(kernel, mesh):
