@@ -39,23 +39,36 @@ def token_losses(x_BTD, head_DV, targets_BT, chunk: int):
         x_BTD: hidden states after the final norm.
         head_DV: float32 head.
         targets_BT: int32.
-        chunk: positions per chunk.
+        chunk: positions per chunk, on each device that has a part of T.
 
     Returns:
         nll_BT, log_z_BT: float32; the negative log-likelihood in nats and logsumexp(logits).
     """
-    b, t, d = x_BTD.shape
-    chunk = min(chunk, t)
-    count = -(-t // chunk)
-    pad = count * chunk - t
-    x_BTD = jnp.pad(x_BTD, ((0, 0), (0, pad), (0, 0))).reshape(b, count, chunk, d)
-    targets_BT = jnp.pad(targets_BT, ((0, 0), (0, pad))).reshape(b, count, chunk)
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else mesh.shape["context"]
+    b, t = targets_BT.shape
+    mine = t // shards
+    chunk = min(chunk, mine)
+    count = -(-mine // chunk)
+
+    def cut(a_BT):
+        """[B, T, ...] -> [count, B, C, ...]; each chunk has its part of every shard's columns, so that all have work."""
+        rest = a_BT.shape[2:]
+        a = a_BT.reshape(b, shards, mine, *rest)
+        a = jnp.pad(a, [(0, 0), (0, 0), (0, count * chunk - mine)] + [(0, 0)] * len(rest))
+        return jnp.moveaxis(a.reshape(b, shards, count, chunk, *rest), 2, 0).reshape(count, b, shards * chunk, *rest)
+
+    def join(a_nBC):
+        """The inverse of `cut`."""
+        a = jnp.moveaxis(a_nBC.reshape(count, b, shards, chunk), 0, 2).reshape(b, shards, count * chunk)
+        return a[:, :, :mine].reshape(b, t)
+
     # Whole in D before the scan: gathered over fsdp once and not once per chunk.
     head_DV = constrain(head_DV.astype(x_BTD.dtype), "DV")
 
     @jax.checkpoint
     def one_chunk(_, inputs):
-        x_BCD, targets_BC = inputs
+        x_BCD, targets_BC = constrain(inputs[0], "BCD"), constrain(inputs[1], "BC")
         logits_BCV = jnp.einsum("BCD,DV->BCV", x_BCD, head_DV, preferred_element_type=jnp.float32)
         logits_BCV = constrain(logits_BCV, "BCV")
         log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
@@ -63,9 +76,8 @@ def token_losses(x_BTD, head_DV, targets_BT, chunk: int):
         hit_BCV = targets_BC[..., None] == jnp.arange(logits_BCV.shape[-1])[None, None, :]
         return None, (log_z_BC - jnp.where(hit_BCV, logits_BCV, 0).sum(-1), log_z_BC)
 
-    inputs = (jnp.moveaxis(x_BTD, 1, 0), jnp.moveaxis(targets_BT, 1, 0))
-    _, outputs = lax.scan(one_chunk, None, inputs)
-    return tuple(jnp.moveaxis(a, 0, 1).reshape(b, -1)[:, :t] for a in outputs)
+    _, outputs = lax.scan(one_chunk, None, (cut(x_BTD), cut(targets_BT)))
+    return tuple(map(join, outputs))
 
 
 def load_balance(stats_L: RouterStats, k: int, mode: str):

@@ -5,6 +5,7 @@ Parameters and activations have separate tables because D is split over `fsdp` i
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -24,7 +25,7 @@ PARAM_AXES = {
 }
 ACT_AXES = {
     "B": BATCH,
-    "C": None,  # positions inside one chunk of the head
+    "C": "context",  # positions inside one chunk of the head
     "D": None,
     "E": None,
     "G": "tensor",
@@ -136,6 +137,32 @@ def tree_shardings(tree, mesh: Mesh, params):
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def without_context(mesh: Mesh) -> Mesh:
+    """The same devices with the axis `context` of size 1, its replicas of the parameters joined to `data`'s.
+
+    For what reads one token at a time and has no T to split. Parameters lie on both meshes alike: see `moved`.
+    """
+    devices = mesh.devices.transpose(0, 3, 1, 2, 4)
+    sizes = dict(mesh.shape) | {"data": mesh.shape["data"] * mesh.shape["context"], "context": 1}
+    return Mesh(devices.reshape([sizes[axis] for axis in AXES]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def moved(params, mesh: Mesh):
+    """Parameters of another mesh of the same devices, seen as this mesh's: the same buffers, nothing is copied.
+
+    Raises:
+        ValueError: the two meshes would give a device different parts.
+    """
+
+    def leaf(path, x):
+        sharding = NamedSharding(mesh, param_spec(path_names(path)[-1], x.ndim))
+        if sharding.devices_indices_map(x.shape) != x.sharding.devices_indices_map(x.shape):
+            raise ValueError(f"{path_names(path)[-1]}: the meshes {x.sharding.mesh} and {mesh} divide it differently")
+        return jax.make_array_from_single_device_arrays(x.shape, sharding, [s.data for s in x.addressable_shards])
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of a value that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
@@ -157,8 +184,38 @@ def constrain_params(tree):
     return jax.tree_util.tree_map_with_path(pin, tree)
 
 
+def zigzag(t: int, shards: int) -> np.ndarray:
+    """The order of a row's columns on a mesh whose axis `context` has so many shards: int32 [T], places in the row.
+
+    The row is cut into 2 * shards pieces and shard i holds pieces i and 2 * shards - 1 - i. A query sees the keys before
+    it, so an early piece is little work and a late one much; in these pairs all shards have the same.
+
+    Raises:
+        ValueError: T does not divide into the pieces; resolve_mesh checks train.seq_len.
+    """
+    if shards == 1:
+        return np.arange(t, dtype=np.int32)
+    if t % (2 * shards):
+        raise ValueError(f"rows of {t} columns cannot be cut into 2 * {shards} pieces of equal size")
+    pieces = np.arange(t, dtype=np.int32).reshape(2 * shards, -1)
+    return np.concatenate([pieces[[i, 2 * shards - 1 - i]].reshape(-1) for i in range(shards)])
+
+
+def unzigzag(x_BT, shards: int):
+    """Puts columns (axis 1) that are in zig-zag order back into row order: two slices and no gather."""
+    b, t = x_BT.shape[:2]
+    pieces = x_BT.reshape(b, shards, 2, t // (2 * shards), *x_BT.shape[2:])
+    return jnp.concatenate([pieces[:, :, 0], pieces[:, ::-1, 1]], axis=1).reshape(x_BT.shape)
+
+
 def place(batch: dict, mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts a host batch's arrays on the mesh; every process passes its own rows. What is no array stays behind."""
+    """Puts a host batch's arrays on the mesh; every process passes its own rows. What is no array stays behind.
+
+    On a mesh with `context` the columns are put in zig-zag order, all fields alike: losses are sums over tokens, and
+    positions and segment ids say where a token belongs. `hidden` relies on that order.
+    """
     sharding = batch_sharding(mesh)
     arrays = {name: value for name, value in batch.items() if isinstance(value, np.ndarray)}
+    if mesh.shape["context"] > 1:
+        arrays = {name: value[:, zigzag(value.shape[1], mesh.shape["context"])] for name, value in arrays.items()}
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in arrays.items()}
