@@ -124,11 +124,13 @@ def _emulated(operand_MD, output_RD, input_offsets, send_sizes, output_offsets, 
     rows_RD = jnp.where(hit_Rs.any(1)[:, None], operand_SMD.reshape(shards * m, d)[from_R], output_RD)
     fits = (arrive_at + sizes <= output_RD.shape[0]) & (come_from + sizes <= m) & (sizes == recv_sizes)
     valid = fits.all() & (hit_Rs.sum(1) <= 1).all()
-    return jnp.where(valid, rows_RD, jnp.nan)
+    return rows_RD + jnp.where(valid, 0.0, jnp.nan).astype(rows_RD.dtype)
 
 
 def _ragged_all_to_all(operand_MD, rows: int, slices: Slices):
-    output_RD = jnp.zeros((rows, operand_MD.shape[1]), operand_MD.dtype)
+    # Zeros that seem to depend on the data: differentiating a scan keeps plain zeros, R x D, as a residual of its layers.
+    zero = (slices.send_sizes[0] * 0).astype(operand_MD.dtype)
+    output_RD = jnp.broadcast_to(zero, (rows, operand_MD.shape[1]))
     # Chosen when the program is lowered, for the platform it is lowered for: a CPU host may compile for a TPU.
     return lax.platform_dependent(
         operand_MD, output_RD, *slices, cpu=_emulated, default=functools.partial(lax.ragged_all_to_all, axis_name=AXIS)
