@@ -8,6 +8,7 @@ from collections.abc import Callable
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from mixtral_jax import distributed, watch
 from mixtral_jax.config import Config, RunError, UserError, from_config_dict
 from mixtral_jax.interrupt import InterruptedRun
 from mixtral_jax.progress import messages
@@ -21,6 +22,25 @@ def define_config_flag():
         "--config.GROUP.KEY=VALUE changes one of its values.",
         lock_config=True,
     )
+
+
+def define_process_flags() -> None:
+    """Defines --coordinator, --processes and --process_id, for programs that run as several processes."""
+    flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0; needed where no scheduler tells (docs/processes.md)."
+    )
+    flags.DEFINE_integer("processes", None, "How many processes work as one.")
+    flags.DEFINE_integer("process_id", None, "The number of this process, from 0.")
+
+
+def join_processes() -> None:
+    """Joins the other processes, if there are any; before anything asks jax for its devices.
+
+    Raises:
+        UserError: the flags contradict each other.
+        RunError: the others did not come.
+    """
+    distributed.start({name: flags.FLAGS[name].value for name in distributed.FLAGS})
 
 
 def typed_config(value: ConfigDict | None) -> Config:
@@ -64,16 +84,24 @@ def _status(main: Callable[[], None]) -> int:
         with messages():
             _parse()
             main()
+            watch.finished()
     except InterruptedRun as stopped:
+        watch.failed(stopped, stopped.status)
         print(stopped, file=sys.stderr)
         return stopped.status
     except UserError as error:
+        watch.failed(error, 2)
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RunError as error:
+        watch.failed(error, error.status)
         print(f"error: {error}", file=sys.stderr)
         return error.status
-    except KeyboardInterrupt:
+    except Exception as error:
+        watch.failed(error, 1)
+        raise
+    except KeyboardInterrupt as error:
+        watch.failed(error, 130)
         print("interrupted; run the same command again to continue from the last checkpoint", file=sys.stderr)
         return 130
     return 0

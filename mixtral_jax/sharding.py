@@ -103,6 +103,13 @@ def constrain(x, letters: str):
     return jax.lax.with_sharding_constraint(x, act_spec(letters))
 
 
+def everywhere(x):
+    """Gives every device all of `x`, so that each process can fetch it; without a mesh it returns `x` untouched."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
 def path_names(path) -> list[str]:
     """The readable parts of a tree path, without nnx's `value`: `['layers', 'w_gate_EDF']`."""
     parts = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path]
@@ -208,14 +215,30 @@ def unzigzag(x_BT, shards: int):
     return jnp.concatenate([pieces[:, :, 0], pieces[:, ::-1, 1]], axis=1).reshape(x_BT.shape)
 
 
-def place(batch: dict, mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts a host batch's arrays on the mesh; every process passes its own rows. What is no array stays behind.
+def place(batch: dict, mesh: Mesh, start: int = 0, rows: int | None = None) -> dict[str, jax.Array]:
+    """Puts a host batch's arrays on the mesh. What is no array stays behind.
 
     On a mesh with `context` the columns are put in zig-zag order, all fields alike: losses are sums over tokens, and
     positions and segment ids say where a token belongs. `hidden` relies on that order.
+
+    Args:
+        batch: all rows of the global batch, or those from `start` on that this process's devices hold
+            (distributed.rows_here).
+        mesh: the mesh.
+        start: number of the first row that `batch` holds.
+        rows: rows of the global batch; default: those of `batch`.
     """
     sharding = batch_sharding(mesh)
-    arrays = {name: value for name, value in batch.items() if isinstance(value, np.ndarray)}
-    if mesh.shape["context"] > 1:
-        arrays = {name: value[:, zigzag(value.shape[1], mesh.shape["context"])] for name, value in arrays.items()}
-    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in arrays.items()}
+
+    def put(value_BT):
+        if mesh.shape["context"] > 1:
+            value_BT = value_BT[:, zigzag(value_BT.shape[1], mesh.shape["context"])]
+
+        def part(index):
+            first, stop, _ = index[0].indices(shape[0])
+            return value_BT[first - start : stop - start, index[1]]
+
+        shape = (rows or len(value_BT), *value_BT.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return {name: put(value) for name, value in batch.items() if isinstance(value, np.ndarray)}
