@@ -299,7 +299,8 @@ def mesh_devices(shape: tuple[int, ...], devices) -> np.ndarray:
     devices = list(devices)
     slices = {getattr(device, "slice_index", 0) or 0 for device in devices}
     if devices[0].platform != "tpu" or len(slices) == 1:  # on GPUs it counts hosts, which any axis may cross
-        return mesh_utils.create_device_mesh(shape, devices)
+        # Split: 8 x 8 lies on a torus of 4 x 4 x 4 only if an axis takes half of a dimension.
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     at, count = AXES.index("data"), len(slices)
     if shape[at] % count:
         raise UserError(
@@ -307,7 +308,7 @@ def mesh_devices(shape: tuple[int, ...], devices) -> np.ndarray:
         )
     inner, outer = list(shape), [1] * len(shape)
     inner[at], outer[at] = shape[at] // count, count
-    return mesh_utils.create_hybrid_device_mesh(tuple(inner), tuple(outer), devices)
+    return mesh_utils.create_hybrid_device_mesh(tuple(inner), tuple(outer), devices, allow_split_physical_axes=True)
 
 
 def visible(path: Path, content: str, name: str, seconds: float = 30.0) -> None:

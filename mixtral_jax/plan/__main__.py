@@ -40,7 +40,7 @@ def main() -> None:
     if not _TOPOLOGY.value:
         raise UserError("--topology is missing; for example --topology=v5p:4x4x4")
     # The modules below look at devices when they are used, not when they are imported, but flags come first.
-    from mixtral_jax.plan import aot, plot, result, search
+    from mixtral_jax.plan import aot, plot, result, search, table
     from mixtral_jax.plan.chips import parse_topology
 
     topology = parse_topology(_TOPOLOGY.value)
@@ -54,13 +54,13 @@ def main() -> None:
     if _SEARCH.value:
         found = search.search(config, topology, devices, compile_best=_BEST.value)
         plans = found["plans"]
-        print(f"{found['tried']} plans by formula; the best of them compiled:\n{search.table(plans)}\n")
+        print(f"{found['tried']} plans by formula; the best of them compiled:\n{table.ranking(plans)}\n")
         output = plans[0] | {"search": found} if plans else {"search": found}
     else:
         plans = [result.make(config, topology, devices, compiled=_COMPILE.value)]
         output = plans[0]
     if plans:
-        print(result.table(plans[0]))
+        print(table.plan(plans[0]))
     if _OUT.value:
         Path(_OUT.value).write_text(json.dumps(output, indent=1) + "\n")
     if _PLOT.value and plans:

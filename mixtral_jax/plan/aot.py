@@ -15,10 +15,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils, topologies
+from jax.experimental import topologies
 
 from mixtral_jax import backends, memory
 from mixtral_jax.config import AXES, Config, UserError
+from mixtral_jax.distributed import mesh_devices
 from mixtral_jax.optim import make_optimizer
 from mixtral_jax.plan.chips import EXAMPLES, Topology, gpu_coordinates
 from mixtral_jax.sharding import batch_sharding, make_mesh, replicated
@@ -35,6 +36,7 @@ FIELDS = {
 # What libtpu asks the machine for; without a TPU the answers are invented, and nothing but its warnings depends on them.
 _TPU_ENV = {
     "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is held, so that several plans may be made at a time
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
@@ -102,7 +104,7 @@ def plan_mesh(config: Config, topology: Topology, devices):
     shape = tuple(getattr(config.mesh, axis) for axis in AXES)
     if topology.chip.platform == "gpu":
         return make_mesh(config.mesh, devices), gpu_coordinates(topology, shape)
-    ordered = mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
+    ordered = mesh_devices(shape, devices)
     coordinates = np.array([device.coords for device in ordered.ravel()]).reshape(*shape, -1)
     return make_mesh(config.mesh, ordered), coordinates
 

@@ -116,7 +116,7 @@ def _collective(kind, op, shape_text, rest, lines, computation, times, mesh) -> 
         result = sum(sizes)
     if kind == "ragged-all-to-all":
         # Its buffers are for the worst case; what travels is at most what is there to send.
-        operand = lines.get(re.match(r"\s*(?:\S+ )?%?([\w.\-]+)", rest)[1])
+        operand = lines.get(re.search(r"%([\w.\-]+)", rest)[1])
         result = min(result, sum(map(_bytes, _SHAPE.findall(operand[0])))) if operand else result
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
         kind, amount = "reduce-scatter", result * (n - 1) / n  # XLA:TPU writes a reduce-scatter so, with its slice

@@ -7,9 +7,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mixtral_jax.config import Config, UserError, validate
+from mixtral_jax.config import AXES, Config, UserError, validate
+from mixtral_jax.plan import aot
 from mixtral_jax.plan import result as plan
-from mixtral_jax.plan.chips import Topology
+from mixtral_jax.plan.chips import Topology, axis_extents
 
 REMAT = ("none", "outputs", "full")
 # Formulas know the large buffers only; what they call twice the memory the compiler has sometimes made fit.
@@ -33,8 +34,9 @@ def candidates(config: Config, topology: Topology) -> Iterator[Config]:
                     model=dataclasses.replace(model, remat=remat),
                     train=dataclasses.replace(config.train, accumulation_steps=steps),
                 )
-                if _accepted(changed, topology):
-                    yield changed
+                found = _accepted(changed, topology)
+                if found:
+                    yield found
 
 
 def search(
@@ -62,10 +64,13 @@ def search(
             f"no mesh of {topology.num_devices} chips takes train.batch_size={rows}; raise it to a multiple of the chips, "
             "or use fewer chips"
         )
-    estimates = [
-        plan.make(one, topology, devices, compiled=False, quiet=True)
-        for one in tqdm(tried, desc="formulas", unit="plan", disable=quiet)
-    ]
+    shapes, extents = plan.shapes_of(tried[0]), {}
+    estimates = []
+    for one in tqdm(tried, desc="formulas", unit="plan", disable=quiet):
+        if one.mesh not in extents:
+            _, coordinates = aot.plan_mesh(one, topology, devices)
+            extents[one.mesh] = dict(zip(AXES, axis_extents(topology, coordinates).values()))
+        estimates.append(plan.by_formula(one, topology, extents[one.mesh], shapes))
     order = sorted(range(len(tried)), key=lambda i: _rank(estimates[i]))
     hopeful = [i for i in order if estimates[i]["hbm_bytes_needed"] < HOPELESS * estimates[i]["hbm_bytes_available"]]
     done: list[dict[str, Any]] = []
@@ -85,13 +90,12 @@ def _rank(estimate: dict[str, Any]) -> tuple:
     return (not estimate["fits"], round(estimate["seconds_per_step"]["predicted"], 3), plan.per_device(estimate))
 
 
-def _accepted(config: Config, topology: Topology) -> bool:
+def _accepted(config: Config, topology: Topology) -> Config | None:
     try:
         validate(config)
-        plan.resolve(config, topology)
+        return plan.resolve(config, topology)
     except UserError:
-        return False
-    return True
+        return None
 
 
 def _divisors(n: int) -> list[int]:
@@ -100,18 +104,3 @@ def _divisors(n: int) -> list[int]:
 
 def _powers(limit: int) -> list[int]:
     return [2**i for i in range(limit.bit_length())]
-
-
-def table(plans: list[dict[str, Any]]) -> str:
-    """The ranking for a person."""
-    lines = [
-        f"{'mesh (data fsdp expert context tensor)':<40}{'micro':>6}{'remat':>9}{'GiB':>8}{'s/step':>9}{'MFU':>7}{'ceiling':>9}"
-    ]
-    for one in plans:
-        mesh = " x ".join(str(size) for size in one["mesh"].values())
-        lines.append(
-            f"{mesh:<40}{one['accumulation_steps']:>6}{one['remat']:>9}{one['hbm_bytes_needed'] / 2**30:>8.1f}"
-            f"{one['seconds_per_step']['predicted']:>9.3f}{one['mfu_predicted']:>7.1%}{one['mfu_ceiling']:>9.1%}"
-            + ("" if one["fits"] else "   does not fit")
-        )
-    return "\n".join(lines)
