@@ -75,7 +75,12 @@ def _tokens(config: Config, add, item: int, layers: int) -> None:
     else:
         add("tokens to experts", "all-gather", ("expert",), rows * mesh.expert, layers * (2 + again))
         add("tokens from experts", "reduce-scatter", ("expert",), rows, layers * 2)
-    add("sums over parts of heads and of F", "all-reduce", ("tensor",), rows, layers * (4 + again))
+        choices = tokens_of_device(config) * model.experts_per_token * 4
+        add("gates and choices", "all-gather", ("expert",), choices * mesh.expert, layers * 2 * (1 + again))
+        add("gradients of gates", "reduce-scatter", ("expert",), choices, layers)
+    # Forward the outputs of attention and of the experts; backward both ends of the experts, and q, k and v each.
+    add("sums over parts of heads and of F", "all-reduce", ("tensor",), rows, layers * (7 + again))
+    add("sums over parts of the vocabulary", "all-reduce", ("tensor",), rows, 2 * config.train.accumulation_steps)
     keys = 2 * tokens_of_device(config) * mesh.context * model.num_kv_heads // mesh.tensor * model.head_dim * item
     add("keys and values", "all-gather", ("context",), keys, layers * (1 + again))
     add("gradients of keys and values", "reduce-scatter", ("context",), keys // mesh.context, layers)
