@@ -125,6 +125,7 @@ def activations(config: Config) -> dict[str, int]:
         "full": stream,
         "outputs": 3 * stream,
         "dots": 3 * stream + heads,
+        "offload": 0,
         "none": 6 * stream + heads + scores + 3 * routed,
     }[model.remat]
     return {

@@ -1,5 +1,6 @@
 """Heads, ffn and vocabulary stay split over `tensor`: read from the compiled module of the loss and its gradient."""
 
+import functools
 import re
 
 import jax
@@ -15,6 +16,7 @@ from tests.helpers import on_mesh, random_batch, shard, tiny
 N, F, V = 22, 104, 1040
 
 
+@functools.cache
 def compiled(**axes) -> list[str]:
     """The lines of the compiled module that say what an instruction makes."""
     sizes = dict(model__num_heads=N, model__num_kv_heads=2, model__d_ff=F, model__vocab_size=V, model__num_layers=1)
