@@ -127,7 +127,7 @@ def activations(config: Config) -> dict[str, int]:
     kept = {
         "full": stream,
         "outputs": 3 * stream,
-        "offload": stream,
+        "offload": 0,
         "dots": 3 * stream + heads,
         "none": 6 * stream + heads + (scores if model.attention == "plain" else 0) + 3 * routed + experts,
     }[model.remat]

@@ -25,7 +25,6 @@ PARAM_AXES = {
 }
 ACT_AXES = {
     "B": BATCH,
-    "C": "context",  # positions inside one chunk of the head
     "D": None,
     "E": None,
     "G": "tensor",

@@ -320,8 +320,7 @@ def test_every_remat_policy_has_an_estimate():
     for remat in typing.get_args(typing.get_type_hints(ModelConfig)["remat"]):
         changed = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
         kept[remat] = sum(memory.activations(changed).values())
-    assert kept["offload"] == kept["full"], "what is offloaded lies on the host"
-    assert len(set(kept.values())) == len(kept) - 1
+    assert len(set(kept.values())) == len(kept)
 
 
 def test_errors_of_ours_are_not_taken_for_it():

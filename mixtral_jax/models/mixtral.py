@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.models import attention, moe
-from mixtral_jax.models.layers import apply_rope, normal, rms_norm, rope_table
+from mixtral_jax.models.layers import apply_rope, embed, normal, rms_norm, rope_table
 from mixtral_jax.sharding import constrain, named_leaves
 
 # What the backward pass finds stored; everything else inside a layer is computed again.
@@ -144,7 +144,7 @@ class Mixtral(nnx.Module):
             x_BTD after the final norm, in config.dtype; RouterStats with a leading L.
         """
         c = self.config
-        x_BTD = constrain(self.embedding_VD[...][tokens_BT].astype(c.dtype), "BTD")
+        x_BTD = constrain(embed(self.embedding_VD[...], tokens_BT, c.dtype), "BTD")
         rope = rope_table(positions_BT, c.head_dim, c.rope_theta)
 
         def body(x_BTD, block):
