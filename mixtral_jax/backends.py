@@ -5,7 +5,7 @@ import importlib.util
 
 import jax
 
-from mixtral_jax.config import SPLASH_BLOCK, ModelConfig
+from mixtral_jax.config import SPLASH_BLOCK, ModelConfig, UserError
 
 # The H100 and TPU choices follow docs/design.md, "Experts" and "Attention"; the CPU's are measured in benchmarks/.
 DEFAULTS = {
@@ -13,6 +13,8 @@ DEFAULTS = {
     "gpu": {"attention": "cudnn", "dispatch": "ring", "expert_backend": "tokamax"},
     "tpu": {"attention": "splash", "dispatch": "ragged", "expert_backend": "megablox"},
 }
+# Kernels that a platform cannot run. A CPU runs all of them, to test them.
+FOREIGN = {("megablox", "gpu"), ("tokamax", "tpu")}
 
 
 def attention(config: ModelConfig, t: int, context: int) -> str:
@@ -43,6 +45,9 @@ def resolve(config: ModelConfig, platform: str | None = None) -> ModelConfig:
 
     Returns:
         The model with every backend named.
+
+    Raises:
+        UserError: the expert backend that was named cannot run on the platform.
     """
     platform = platform or jax.default_backend()
     chosen = dict(DEFAULTS.get(platform, DEFAULTS["cpu"]))
@@ -54,6 +59,11 @@ def resolve(config: ModelConfig, platform: str | None = None) -> ModelConfig:
         chosen["attention"] = "chunked"  # the TPU kernel's lanes are 128 wide
     if chosen["expert_backend"] == "tokamax" and importlib.util.find_spec("tokamax") is None:
         chosen["expert_backend"] = "blocks"
+    if (config.expert_backend, platform) in FOREIGN:
+        raise UserError(
+            f"model.expert_backend={config.expert_backend} has no kernels for a {platform}; set it to "
+            f"{DEFAULTS[platform]['expert_backend']}, blocks or auto"
+        )
     return dataclasses.replace(
         config, **{name: value for name, value in chosen.items() if getattr(config, name) == "auto"}
     )

@@ -6,6 +6,7 @@ for another platform than the one it runs on. On a CPU it multiplies by jax.lax.
 
 import jax
 import jax.numpy as jnp
+from absl import flags
 from jax.lax import RaggedDotDimensionNumbers
 
 from mixtral_jax.config import UserError
@@ -24,6 +25,8 @@ def _ragged_dot(a, b, group_sizes_e, numbers, dtype):
             "model.expert_backend=tokamax needs the package tokamax; install it with "
             "`pip install -r requirements-gpu.txt`, or set model.expert_backend=blocks"
         ) from None
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # it would read the command line of programs whose flags are not absl's
     # Never "xla" on a GPU: it can fall back to multiplying by every expert, without a word.
     implementation = ("mosaic", "triton") if jax.default_backend() == "gpu" else ("xla",)
     return tokamax.ragged_dot_general(

@@ -1,7 +1,7 @@
 """How tokens travel to the shards of `expert`, inside one shard_map: around a ring, or by a ragged all-to-all.
 
 `ring` gathers the tokens of all shards, lets each shard run its own experts on the rows that chose them, and
-reduce-scatters the sums: E / K times the traffic of the rows, in the two collectives that are fast everywhere.
+reduce-scatters the sums: n / K times the traffic of `ragged` on n shards, in two collectives that are fast everywhere.
 `ragged` sends each row to the one shard that owns its expert, and its result back.
 
 A ragged exchange moves one slice of rows for each pair of a source shard and a global expert. Rows leave sorted by
