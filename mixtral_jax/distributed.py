@@ -5,7 +5,6 @@ service, which process 0 runs; arrays through XLA's collectives. docs/processes.
 """
 
 import contextlib
-import functools
 import itertools
 import json
 import os
@@ -19,6 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 
+from mixtral_jax import last_words
 from mixtral_jax.config import AXES, RunError, UserError
 from mixtral_jax.sharding import batch_sharding
 
@@ -122,21 +122,20 @@ def start(flags: Mapping[str, str | int | None], wait_seconds: int = WAIT_SECOND
         from mixtral_jax import watch  # it imports this module
 
         watch.begin()
+        if not speaks():
+            last_words.prepare(process_id(), coordinator())
 
 
 def _initialize(wait_seconds: int, **known) -> None:
     if jax.config.jax_cpu_collectives_implementation == "none":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    from mixtral_jax import watch
-
     try:
-        with _verdicts_go_to(watch.coordinator_said):
-            jax.distributed.initialize(
-                **known,
-                initialization_timeout=wait_seconds,
-                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-                shutdown_timeout_seconds=LEAVE_SECONDS,
-            )
+        jax.distributed.initialize(
+            **known,
+            initialization_timeout=wait_seconds,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=LEAVE_SECONDS,
+        )
     except RuntimeError as error:  # jax's own error is a RuntimeError
         raise RunError(_did_not_come(str(error), wait_seconds, known)) from error
 
@@ -150,32 +149,18 @@ def _did_not_come(text: str, seconds: int, known: dict) -> str:
     return f"{came} within {seconds} s{at}; {fix} ({first})"
 
 
-@contextlib.contextmanager
-def _verdicts_go_to(callback: Callable) -> Iterator[None]:
-    """Lets jax's client call us when the coordinator is gone or says that a process died.
-
-    Left to itself it ends the process with a stack trace of C++. There is no public way to say so; where this one is
-    gone too, jax's own ending is what remains, and it is bounded as well.
-    """
-    try:
-        from jax._src.lib import _jax
-
-        make = _jax.get_distributed_runtime_client
-    except (ImportError, AttributeError):
-        yield
-        return
-    _jax.get_distributed_runtime_client = functools.partial(make, missed_heartbeat_callback=callback)
-    try:
-        yield
-    finally:
-        _jax.get_distributed_runtime_client = make
-
-
 def client():
     """jax's client of the coordination service, which has no public name; None in a process that is alone."""
     from jax._src import distributed
 
     return distributed.global_state.client
+
+
+def coordinator() -> str:
+    """HOST:PORT of process 0's coordination service."""
+    from jax._src import distributed
+
+    return distributed.global_state.coordinator_address
 
 
 def together() -> bool:

@@ -33,7 +33,10 @@ OWN_END_SECONDS = 40  # for the others to notice, say so and end, after one has 
 TERM_SECONDS = 10  # from SIGTERM to SIGKILL
 RESTART_SECONDS = 3
 # What gloo and jax's coordination service write for their developers.
-NOISE = re.compile(r"^(\[Gloo\] Rank \d+ is connected|[EWI]\d{4} [\d:.]+ +\d+ (coordination_service|preemption_sync))")
+NOISE = re.compile(
+    r"\[Gloo\] Rank \d+ is connected|[EWI]\d{4} [\d:.]+ +\d+ (coordination_service|preemption_sync)|\s+@ +0x|"
+    r"\*\*\* Check failure|Additional GRPC error|:UNKNOWN:Error received from peer|RPC: /xla|$"
+)
 
 
 def environment(coordinator: str, count: int, index: int, devices: int | None) -> dict[str, str]:
@@ -123,7 +126,7 @@ class Job:
                 deadline, step = time.monotonic() + TERM_SECONDS, 1
             time.sleep(0.05)
         for thread in self._readers:
-            thread.join(2)
+            thread.join(8)  # a killed process's last words come from its helper
         failed = [i for i, process in enumerate(self.processes) if process.returncode]
         if not failed:
             return None
