@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 from mixtral_jax.distributed import VARIABLES
+from mixtral_jax.watch import LAUNCHER
 
 AFTER = """\
 What follows -- is a Python script or -m MODULE, with its flags. Each process gets where the others are in its environment
@@ -49,7 +50,7 @@ def environment(coordinator: str, count: int, index: int, devices: int | None) -
         devices: CPU devices it makes, or GPUs it gets of those visible here; None leaves that to it.
     """
     given = {**os.environ, **dict(zip(VARIABLES, (coordinator, str(count), str(index)), strict=True))}
-    given["PYTHONUNBUFFERED"] = "1"
+    given |= {"PYTHONUNBUFFERED": "1", LAUNCHER: str(os.getpid())}
     if devices is None:
         return given
     flags = re.sub(r"--xla_force_host_platform_device_count=\S+", "", given.get("XLA_FLAGS", ""))
