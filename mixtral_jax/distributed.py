@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -129,24 +130,46 @@ def start(flags: Mapping[str, str | int | None], wait_seconds: int = WAIT_SECOND
 def _initialize(wait_seconds: int, **known) -> None:
     if jax.config.jax_cpu_collectives_implementation == "none":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    timer = threading.Timer(wait_seconds, _give_up, (wait_seconds,))
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
             **known,
-            initialization_timeout=wait_seconds,
+            initialization_timeout=wait_seconds + 60,  # its own end is a stack trace of C++ that names nobody
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=LEAVE_SECONDS,
         )
     except RuntimeError as error:  # jax's own error is a RuntimeError
-        raise RunError(_did_not_come(str(error), wait_seconds, known)) from error
+        raise RunError(f"joining the other processes failed: {error}") from error
+    finally:
+        timer.cancel()
 
 
-def _did_not_come(text: str, seconds: int, known: dict) -> str:
-    count = re.search(r"tasks that reached(?: the barrier)?: (\d+)/(\d+)", text)
-    came = f"{count[1]} of {count[2]} processes came" if count else "the processes did not all come"
-    at = f" at {known['coordinator_address']}" if known else ""
-    fix = "look whether each host started its process and can reach that address, and whether the port is free"
-    first = text.strip().splitlines()[0][:200] if text.strip() else "no reason given"
-    return f"{came} within {seconds} s{at}; {fix} ({first})"
+def _give_up(seconds: int) -> None:
+    """Ends this process, whose main thread waits inside jax for processes that do not come."""
+    at, count = coordinator() or "an unknown address", process_count()
+    came = connections(int(at.rpartition(":")[2])) if speaks() and at.rpartition(":")[2].isdigit() else None
+    who = f"{came} of {count} processes came" if came else "not all processes came"
+    name = "" if speaks() else f"process {process_id()}: "
+    fix = (
+        "look whether each host started its process, can reach that address, and was told the same number of processes"
+    )
+    os.write(2, f"{name}error: {who} within {seconds} s at {at}; {fix}\n".encode())
+    os._exit(1)
+
+
+def connections(port: int) -> int | None:
+    """How many connections a port of this host has; None where the system does not tell."""
+    found = 0
+    try:
+        for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+            for line in Path(table).read_text().splitlines()[1:]:
+                _, local, _, state = line.split()[:4]
+                found += state == "01" and int(local.rpartition(":")[2], 16) == port  # 01: established
+    except (OSError, ValueError):
+        return None
+    return found
 
 
 def client():

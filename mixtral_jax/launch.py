@@ -137,11 +137,12 @@ class Job:
 
 def _pass_on(pipe, out, index: int) -> None:
     prefix = f"process {index}: " if index else ""
-    for raw in pipe:
-        line = raw.decode(errors="replace")
-        if not NOISE.match(line):
-            out.write(line if line.startswith(prefix) else prefix + line)
-            out.flush()
+    with pipe:
+        for raw in pipe:
+            line = raw.decode(errors="replace")
+            if not NOISE.match(line):
+                out.write(line if line.startswith(prefix) else prefix + line)
+                out.flush()
 
 
 def _status(returncode: int) -> int:
