@@ -20,8 +20,7 @@ import threading
 import time
 from pathlib import Path
 
-from mixtral_jax.distributed import VARIABLES
-from mixtral_jax.watch import LAUNCHER
+from mixtral_jax.clusters import LAUNCHER, VARIABLES
 
 AFTER = """\
 What follows -- is a Python script or -m MODULE, with its flags. Each process gets where the others are in its environment

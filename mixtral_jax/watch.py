@@ -13,13 +13,12 @@ import threading
 import time
 import traceback
 
-from mixtral_jax import distributed, last_words
+from mixtral_jax import clusters, distributed, last_words
 from mixtral_jax.config import RunError, UserError
 from mixtral_jax.interrupt import InterruptedRun
 
 WORDS = ("alive", "suspect", "verdict", "stop", "error", "left")
 ALIVE, SUSPECT, VERDICT, STOP, ERROR, LEFT = (f"mixtral_jax/{word}/" for word in WORDS)
-LAUNCHER = "MIXTRAL_JAX_LAUNCHER"  # the launcher's process, in the environment of those it starts
 SILENT_SECONDS = 8  # without a sign of life, when something is known to be wrong
 PUZZLED_SECONDS = 25  # after these, with all alive, the first to complain is named
 GRACE_SECONDS = 10  # for a process to end by itself, after the verdict
@@ -44,7 +43,7 @@ class Watch:
             distributed.process_count(),
         )
         self._tick = 0.5 + self._count / 250  # thousands of processes must not drown the coordinator
-        self._launcher = int(os.environ.get(LAUNCHER) or 0)  # nobody else would end what it started
+        self._launcher = int(os.environ.get(clusters.LAUNCHER) or 0)  # nobody else would end what it started
         self._over = threading.Event()
         self._boundary = threading.Lock()  # held while the processes agree on the step at which to stop
         self._step, self._stop_at, self._asked = 0, None, False

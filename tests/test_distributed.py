@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from mixtral_jax import distributed, launch
+from mixtral_jax import clusters, distributed, launch
 from mixtral_jax.config import AXES, RunError, UserError
 from mixtral_jax.sharding import place
 from tests.helpers import on_mesh, random_batch, tiny
@@ -24,10 +24,10 @@ ROOT = Path(__file__).parent.parent
 def test_flags_and_variables_give_a_process_its_place():
     flags = dict(coordinator="node1:8476", processes=4, process_id=3)
     variables = dict(MIXTRAL_JAX_COORDINATOR="h:1", MIXTRAL_JAX_PROCESSES="2", MIXTRAL_JAX_PROCESS_ID="0")
-    assert distributed.place_given({}, {}) is None
-    assert distributed.place_given(flags, {}) == ("node1:8476", 4, 3)
-    assert distributed.place_given({}, variables) == ("h:1", 2, 0)
-    assert distributed.place_given(flags, variables) == ("node1:8476", 4, 3), "flags win"
+    assert clusters.place_given({}, {}) is None
+    assert clusters.place_given(flags, {}) == ("node1:8476", 4, 3)
+    assert clusters.place_given({}, variables) == ("h:1", 2, 0)
+    assert clusters.place_given(flags, variables) == ("node1:8476", 4, 3), "flags win"
 
 
 @pytest.mark.parametrize(
@@ -42,12 +42,12 @@ def test_flags_and_variables_give_a_process_its_place():
 )
 def test_flags_that_contradict_each_other_are_refused(flags, words):
     with pytest.raises(UserError, match=words):
-        distributed.place_given(flags, {})
+        clusters.place_given(flags, {})
 
 
 def test_half_given_variables_are_refused_by_their_names():
     with pytest.raises(UserError, match=r"MIXTRAL_JAX_PROCESSES=2, MIXTRAL_JAX_PROCESS_ID=\(not given\)"):
-        distributed.place_given({}, dict(MIXTRAL_JAX_PROCESSES="2"))
+        clusters.place_given({}, dict(MIXTRAL_JAX_PROCESSES="2"))
 
 
 @pytest.mark.parametrize(
@@ -65,12 +65,12 @@ def test_half_given_variables_are_refused_by_their_names():
     ],
 )
 def test_schedulers_are_recognised(environment, name):
-    assert distributed.cluster(environment) == name
+    assert clusters.cluster(environment) == name
 
 
 def test_an_open_mpi_that_hides_its_first_process_is_explained():
     with pytest.raises(UserError, match=r"4 processes .*--process_id=\$OMPI_COMM_WORLD_RANK"):
-        distributed.cluster(dict(OMPI_COMM_WORLD_SIZE="4"))
+        clusters.cluster(dict(OMPI_COMM_WORLD_SIZE="4"))
 
 
 def test_one_that_waits_in_vain_says_how_many_came(tmp_path):
@@ -100,7 +100,7 @@ def device(i: int, slice_index: int = 0, platform: str = "tpu"):
         platform=platform,
         process_index=i // 4,
         device_kind="fake",
-        coords=(i // 4, 0, 0),
+        coords=(i // 4 % 2, i // 8, 0),
         core_on_chip=0,
     )
 

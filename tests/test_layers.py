@@ -10,6 +10,7 @@ LAYERS = [
     {"backends", "models", "kernels", "losses", "optim", "data"},
     {"fingerprint", "checkpoint", "workdir", "metrics", "progress", "jsonl", "load", "resolve", "generate", "convert"}
     | {
+        "clusters",
         "distributed",
         "last_words",
         "watch",
