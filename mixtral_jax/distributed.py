@@ -55,7 +55,7 @@ def start(flags: Mapping[str, str | int | None], wait_seconds: int = WAIT_SECOND
                 raise RunError(
                     f"{found} started several processes and jax does not find the others: {error}"
                 ) from error
-    if jax.process_count() > 1:
+    if together():
         from mixtral_jax import watch  # it imports this module
 
         watch.begin()
