@@ -8,7 +8,7 @@ from collections.abc import Callable
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from mixtral_jax import distributed, watch
+from mixtral_jax import clusters, distributed, watch
 from mixtral_jax.config import Config, RunError, UserError, from_config_dict
 from mixtral_jax.interrupt import InterruptedRun
 from mixtral_jax.progress import messages
@@ -40,7 +40,7 @@ def join_processes() -> None:
         UserError: the flags contradict each other.
         RunError: the others did not come.
     """
-    distributed.start({name: flags.FLAGS[name].value for name in distributed.FLAGS})
+    distributed.start({name: flags.FLAGS[name].value for name in clusters.FLAGS})
 
 
 def typed_config(value: ConfigDict | None) -> Config:

@@ -5,92 +5,29 @@ service, which process 0 runs; arrays through XLA's collectives. docs/processes.
 """
 
 import contextlib
-import functools
 import itertools
 import json
 import os
-import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 
+from mixtral_jax import clusters, last_words
 from mixtral_jax.config import AXES, RunError, UserError
 from mixtral_jax.sharding import batch_sharding
 
-FLAGS = ("coordinator", "processes", "process_id")
-VARIABLES = tuple(f"MIXTRAL_JAX_{name.upper()}" for name in FLAGS)
 WAIT_SECONDS = 300  # for the others, at the start
 HEARTBEAT_SECONDS = 30  # after so long a silence jax's coordinator gives a process up for dead
 LEAVE_SECONDS = 60  # for the others, at the end
 DAY_MS = 24 * 3600 * 1000  # a barrier's limit: only a death should end the wait, and the coordinator tells of that
 
 
-class Place(NamedTuple):
-    """Where this process stands among the others."""
-
-    coordinator: str  # HOST:PORT of process 0
-    processes: int
-    process_id: int
-
-
 _number = itertools.count()  # of exchanges and barriers; all processes make them in the same order
-
-
-def place_given(flags: Mapping[str, str | int | None], environment: Mapping[str, str] = os.environ) -> Place | None:
-    """Reads the place that flags or MIXTRAL_JAX_* variables give; None where neither says anything.
-
-    Raises:
-        UserError: only some of the three are given, or they contradict each other.
-    """
-    given = [flags.get(name) for name in FLAGS]
-    names, form = [f"--{name}" for name in FLAGS], "--coordinator=HOST:PORT --processes=N --process_id=I"
-    if all(value in (None, "") for value in given):
-        given, names = [environment.get(name) for name in VARIABLES], VARIABLES
-        form = " ".join(f"{name}={value}" for name, value in zip(VARIABLES, ("HOST:PORT", "N", "I"), strict=True))
-    if all(value in (None, "") for value in given):
-        return None
-    told = ", ".join(f"{name}={'(not given)' if v in (None, '') else v}" for name, v in zip(names, given, strict=True))
-    if any(value in (None, "") for value in given):
-        raise UserError(f"{told}; give all three ({form}) or none of them")
-    coordinator = str(given[0])
-    if not re.fullmatch(r".+:\d+", coordinator) or not 0 < int(coordinator.rpartition(":")[2]) < 65536:
-        raise UserError(f"{told}; the coordinator is HOST:PORT, for example node001:8476")
-    try:
-        count, index = int(given[1]), int(given[2])
-    except ValueError:
-        raise UserError(f"{told}; the last two are whole numbers") from None
-    if not 0 <= index < count:
-        raise UserError(f"{told}; processes are numbered from 0 to {max(count - 1, 0)}")
-    return Place(coordinator, count, index)
-
-
-def cluster(environment: Mapping[str, str] = os.environ) -> str | None:
-    """The scheduler that started several processes, of those that jax finds by itself; None: this process is alone."""
-    if int(environment.get("SLURM_STEP_NUM_TASKS") or 1) > 1:
-        return "SLURM"
-    if int(environment.get("OMPI_COMM_WORLD_SIZE") or 1) > 1:
-        if "OMPI_MCA_orte_hnp_uri" not in environment:
-            raise UserError(
-                f"mpirun started {environment['OMPI_COMM_WORLD_SIZE']} processes and this Open MPI (5 or later) does not say where "
-                "the first is; add --coordinator=HOST:PORT --processes=$OMPI_COMM_WORLD_SIZE --process_id=$OMPI_COMM_WORLD_RANK"
-            )
-        return "Open MPI"
-    if len((environment.get("TPU_WORKER_HOSTNAMES") or "").split(",")) > 1:
-        return "TPU"
-    if int(environment.get("MEGASCALE_NUM_SLICES") or 1) > 1:
-        return "TPU"
-    return None
-
-
-def _on_tpu_vm() -> bool:
-    """Whether this host has a TPU: whether it is one of several only its metadata server knows, which jax asks."""
-    platforms = os.environ.get("JAX_PLATFORMS", "")
-    return ("tpu" in platforms or not platforms) and (Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists())
 
 
 def start(flags: Mapping[str, str | int | None], wait_seconds: int = WAIT_SECONDS) -> None:
@@ -105,12 +42,12 @@ def start(flags: Mapping[str, str | int | None], wait_seconds: int = WAIT_SECOND
         UserError: only some of the flags are given, or they contradict each other.
         RunError: the others did not come.
     """
-    place = place_given(flags)
-    found = None if place else cluster()
+    place = clusters.place_given(flags)
+    found = None if place else clusters.cluster()
     if place is not None and place.processes > 1:
         known = dict(zip(("coordinator_address", "num_processes", "process_id"), place, strict=True))
         _initialize(wait_seconds, cluster_detection_method="deactivate", **known)
-    elif place is None and (found or _on_tpu_vm()):
+    elif place is None and (found or clusters.on_tpu_vm()):
         try:
             _initialize(wait_seconds)
         except ValueError as error:
@@ -118,57 +55,44 @@ def start(flags: Mapping[str, str | int | None], wait_seconds: int = WAIT_SECOND
                 raise RunError(
                     f"{found} started several processes and jax does not find the others: {error}"
                 ) from error
-    if jax.process_count() > 1:
+    if together():
         from mixtral_jax import watch  # it imports this module
 
         watch.begin()
+        if not speaks():
+            last_words.prepare(process_id(), coordinator())
 
 
 def _initialize(wait_seconds: int, **known) -> None:
     if jax.config.jax_cpu_collectives_implementation == "none":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    from mixtral_jax import watch
-
+    timer = threading.Timer(wait_seconds, _give_up, (wait_seconds,))
+    timer.daemon = True
+    timer.start()
     try:
-        with _verdicts_go_to(watch.coordinator_said):
-            jax.distributed.initialize(
-                **known,
-                initialization_timeout=wait_seconds,
-                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-                shutdown_timeout_seconds=LEAVE_SECONDS,
-            )
+        jax.distributed.initialize(
+            **known,
+            initialization_timeout=wait_seconds + 60,  # its own end is a stack trace of C++ that names nobody
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=LEAVE_SECONDS,
+        )
     except RuntimeError as error:  # jax's own error is a RuntimeError
-        raise RunError(_did_not_come(str(error), wait_seconds, known)) from error
-
-
-def _did_not_come(text: str, seconds: int, known: dict) -> str:
-    count = re.search(r"tasks that reached(?: the barrier)?: (\d+)/(\d+)", text)
-    came = f"{count[1]} of {count[2]} processes came" if count else "the processes did not all come"
-    at = f" at {known['coordinator_address']}" if known else ""
-    fix = "look whether each host started its process and can reach that address, and whether the port is free"
-    first = text.strip().splitlines()[0][:200] if text.strip() else "no reason given"
-    return f"{came} within {seconds} s{at}; {fix} ({first})"
-
-
-@contextlib.contextmanager
-def _verdicts_go_to(callback: Callable) -> Iterator[None]:
-    """Lets jax's client call us when the coordinator is gone or says that a process died.
-
-    Left to itself it ends the process with a stack trace of C++. There is no public way to say so; where this one is
-    gone too, jax's own ending is what remains, and it is bounded as well.
-    """
-    try:
-        from jax._src.lib import _jax
-
-        make = _jax.get_distributed_runtime_client
-    except (ImportError, AttributeError):
-        yield
-        return
-    _jax.get_distributed_runtime_client = functools.partial(make, missed_heartbeat_callback=callback)
-    try:
-        yield
+        raise RunError(f"joining the other processes failed: {error}") from error
     finally:
-        _jax.get_distributed_runtime_client = make
+        timer.cancel()
+
+
+def _give_up(seconds: int) -> None:
+    """Ends this process, whose main thread waits inside jax for processes that do not come."""
+    at, count = coordinator() or "an unknown address", process_count()
+    came = clusters.connections(int(at.rpartition(":")[2])) if speaks() and at.rpartition(":")[2].isdigit() else None
+    who = f"{came} of {count} processes came" if came else "not all processes came"
+    name = "" if speaks() else f"process {process_id()}: "
+    fix = (
+        "look whether each host started its process, can reach that address, and was told the same number of processes"
+    )
+    os.write(2, f"{name}error: {who} within {seconds} s at {at}; {fix}\n".encode())
+    os._exit(1)
 
 
 def client():
@@ -176,6 +100,13 @@ def client():
     from jax._src import distributed
 
     return distributed.global_state.client
+
+
+def coordinator() -> str:
+    """HOST:PORT of process 0's coordination service."""
+    from jax._src import distributed
+
+    return distributed.global_state.coordinator_address
 
 
 def together() -> bool:
@@ -299,7 +230,6 @@ def mesh_devices(shape: tuple[int, ...], devices) -> np.ndarray:
     devices = list(devices)
     slices = {getattr(device, "slice_index", 0) or 0 for device in devices}
     if devices[0].platform != "tpu" or len(slices) == 1:  # on GPUs it counts hosts, which any axis may cross
-        # Split: 8 x 8 lies on a torus of 4 x 4 x 4 only if an axis takes half of a dimension.
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     at, count = AXES.index("data"), len(slices)
     if shape[at] % count:

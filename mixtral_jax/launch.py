@@ -20,7 +20,7 @@ import threading
 import time
 from pathlib import Path
 
-from mixtral_jax.distributed import VARIABLES
+from mixtral_jax.clusters import LAUNCHER, VARIABLES
 
 AFTER = """\
 What follows -- is a Python script or -m MODULE, with its flags. Each process gets where the others are in its environment
@@ -33,7 +33,10 @@ OWN_END_SECONDS = 40  # for the others to notice, say so and end, after one has 
 TERM_SECONDS = 10  # from SIGTERM to SIGKILL
 RESTART_SECONDS = 3
 # What gloo and jax's coordination service write for their developers.
-NOISE = re.compile(r"^(\[Gloo\] Rank \d+ is connected|[EWI]\d{4} [\d:.]+ +\d+ (coordination_service|preemption_sync))")
+NOISE = re.compile(
+    r"\[Gloo\] Rank \d+ is connected|[EWI]\d{4} [\d:.]+ +\d+ (coordination_service|preemption_sync)|\s+@ +0x|"
+    r"\*\*\* Check failure|Additional GRPC error|:UNKNOWN:Error received from peer|RPC: /xla|$"
+)
 
 
 def environment(coordinator: str, count: int, index: int, devices: int | None) -> dict[str, str]:
@@ -46,7 +49,7 @@ def environment(coordinator: str, count: int, index: int, devices: int | None) -
         devices: CPU devices it makes, or GPUs it gets of those visible here; None leaves that to it.
     """
     given = {**os.environ, **dict(zip(VARIABLES, (coordinator, str(count), str(index)), strict=True))}
-    given["PYTHONUNBUFFERED"] = "1"
+    given |= {"PYTHONUNBUFFERED": "1", LAUNCHER: str(os.getpid())}
     if devices is None:
         return given
     flags = re.sub(r"--xla_force_host_platform_device_count=\S+", "", given.get("XLA_FLAGS", ""))
@@ -123,7 +126,7 @@ class Job:
                 deadline, step = time.monotonic() + TERM_SECONDS, 1
             time.sleep(0.05)
         for thread in self._readers:
-            thread.join(2)
+            thread.join(8)  # a killed process's last words come from its helper
         failed = [i for i, process in enumerate(self.processes) if process.returncode]
         if not failed:
             return None
@@ -133,11 +136,12 @@ class Job:
 
 def _pass_on(pipe, out, index: int) -> None:
     prefix = f"process {index}: " if index else ""
-    for raw in pipe:
-        line = raw.decode(errors="replace")
-        if not NOISE.match(line):
-            out.write(line if line.startswith(prefix) else prefix + line)
-            out.flush()
+    with pipe:
+        for raw in pipe:
+            line = raw.decode(errors="replace")
+            if not NOISE.match(line):
+                out.write(line if line.startswith(prefix) else prefix + line)
+                out.flush()
 
 
 def _status(returncode: int) -> int:

@@ -116,6 +116,8 @@ def start(config: Config, workdir: Path, make_heldout: Callable) -> Run:
     peak, peak_source = metrics.mesh_peak_flops(mesh.devices.flat, config.model.dtype)
     progress = Progress(train.steps, found.step or 0, log_every=train.log_every, silent=not distributed.speaks())
     progress.note(_header(config, mesh, tokenizer, corpus, peak, peak_source))
+    if distributed.together():
+        progress.note(f"  together   {distributed.process_count()} processes, {jax.local_device_count()} devices each")
     for line in notes:
         progress.note(line)
     resume_step = -1 if found.step is None else found.step

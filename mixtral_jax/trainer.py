@@ -139,13 +139,12 @@ def _train(run: Run, interrupt: Interrupt, profiler: Profiler) -> dict | None:
             interlude.watch_saves(run, run.checkpoints.poll)
             if not train.continue_on_save_error:
                 run.checkpoints.failing()
-        stopping = _stops_here(interrupt, step)
-        due = _due(train, step, stopping)
+        due = _due(train, step, stopping=_stops_here(interrupt, step))
         if due:
             values, pending = _log(run, *pending), None
             with run.throughput.pause():
                 _interlude(run, step, due, data_state)
-        if stopping:
+        if _stops_here(interrupt, step):  # asked again: a signal may have come meanwhile
             _stop(run, interrupt, step, due, pending, data_state)
     return values
 

@@ -13,16 +13,17 @@ import threading
 import time
 import traceback
 
-from mixtral_jax import distributed
+from mixtral_jax import clusters, distributed, last_words
 from mixtral_jax.config import RunError, UserError
 from mixtral_jax.interrupt import InterruptedRun
 
-ALIVE, SUSPECT, VERDICT, STOP, LEFT = (
-    f"mixtral_jax/{word}/" for word in ("alive", "suspect", "verdict", "stop", "left")
-)
+WORDS = ("alive", "suspect", "verdict", "stop", "error", "left")
+ALIVE, SUSPECT, VERDICT, STOP, ERROR, LEFT = (f"mixtral_jax/{word}/" for word in WORDS)
 SILENT_SECONDS = 8  # without a sign of life, when something is known to be wrong
 PUZZLED_SECONDS = 25  # after these, with all alive, the first to complain is named
 GRACE_SECONDS = 10  # for a process to end by itself, after the verdict
+SAME_SECONDS = 3  # for process 0 to end with the same error
+LINGER_SECONDS = 15  # process 0, which the others need to hear the verdict
 WAIT_SECONDS = 75  # for a verdict
 # What jax says where a collective or a barrier failed because another process is gone.
 GONE = re.compile(
@@ -42,6 +43,7 @@ class Watch:
             distributed.process_count(),
         )
         self._tick = 0.5 + self._count / 250  # thousands of processes must not drown the coordinator
+        self._launcher = int(os.environ.get(clusters.LAUNCHER) or 0)  # nobody else would end what it started
         self._over = threading.Event()
         self._boundary = threading.Lock()  # held while the processes agree on the step at which to stop
         self._step, self._stop_at, self._asked = 0, None, False
@@ -73,6 +75,8 @@ class Watch:
     def _run(self) -> None:
         beat, failing, verdict_at = 0, None, None
         while not self._over.wait(self._tick):
+            if os.getppid() != self._launcher and self._launcher:
+                leave("ending, because the launcher is gone", 1)
             try:
                 beat += 1
                 self._client.key_value_set(f"{ALIVE}{self._me}", str(beat), True)
@@ -230,7 +234,22 @@ def failed(error: BaseException, status: int) -> None:
         _watch.claim(me, f"process {me} {what}: {_first_line(error)}", status)
     except Exception as gone:
         shown += f"\n(process 0 could not be told: {_first_line(gone)})"
-    leave(shown, status)
+    leave("" if _said_by_process_0(text) else shown, status)
+
+
+def _said_by_process_0(text: str) -> bool:
+    """Whether process 0 ends with the same error, as all do after a mistake of the user's; one voice is enough."""
+    with contextlib.suppress(Exception):
+        if distributed.speaks():
+            _watch._client.key_value_set(f"{ERROR}0", text, True)
+            return False
+        end = time.monotonic() + SAME_SECONDS
+        while time.monotonic() < end:
+            found = _watch._client.key_value_dir_get(ERROR)
+            if found:
+                return found[0][1] == text
+            time.sleep(0.1)
+    return False
 
 
 def _others_gone(error: BaseException | None) -> bool:
@@ -255,37 +274,20 @@ def _wait_for_verdict(error: BaseException) -> None:
     time.sleep(max(end - time.monotonic(), 0))
 
 
-def coordinator_said(*status) -> None:
-    """Called by jax's client from a thread of its own: the coordinator is gone, or says that a process died."""
-    if _watch is None or _watch._over.is_set():
-        return
-    text = " ".join(map(str, status))
-    dead = re.search(r"stopped sending heartbeats\):\s*((?:\S*?\d+\s+)+)", text)
-    if dead:
-        tasks = re.findall(r"(\d+)\s", dead[1])
-        leave(
-            f"ending, because process {', '.join(tasks)} gave no sign of life for {distributed.HEARTBEAT_SECONDS} s", 1
-        )
-    said = None
-    with contextlib.suppress(Exception):
-        said = _watch.verdict()
-    if said is not None:
-        _watch.obey(said)
-    leave(f"ending, because process 0, which coordinates the others, is gone ({_first_line(text)})", 1)
-
-
 def leave(text: str, status: int) -> None:
     """Prints why and ends the process at once; process 0, without whom nobody hears anything, waits for the others."""
     if not _leaving.acquire(blocking=False):
         threading.Event().wait()  # another thread of this process is at it
-    say(text)
+    last_words.farewell()
+    if text:
+        say(text)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
     with contextlib.suppress(Exception):
         client, count = distributed.client(), distributed.process_count()
         client.key_value_set(f"{LEFT}{distributed.process_id()}", "", True)
-        end = time.monotonic() + (GRACE_SECONDS + 5 if distributed.speaks() else 0)
+        end = time.monotonic() + (LINGER_SECONDS if distributed.speaks() else 0)
         while time.monotonic() < end and len(client.key_value_dir_get(LEFT)) < count:
             time.sleep(0.1)
     os._exit(status)

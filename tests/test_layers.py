@@ -10,7 +10,9 @@ LAYERS = [
     {"backends", "models", "kernels", "losses", "optim", "data"},
     {"fingerprint", "checkpoint", "workdir", "metrics", "progress", "jsonl", "load", "resolve", "generate", "convert"}
     | {
+        "clusters",
         "distributed",
+        "last_words",
         "watch",
         "appending",
         "events",
