@@ -89,10 +89,11 @@ def _tokens(config: Config, add, item: int, layers: int) -> None:
 def _ends(config: Config, add, item: int, times: int) -> None:
     model, mesh = config.model, config.mesh
     table = model.vocab_size * model.d_model // mesh.tensor
-    add("embedding", "all-gather", ("fsdp",), table * item, times, True)
-    add("gradient of the embedding", "all-reduce", ("data", "fsdp", "expert", "context"), table * 4, times, True)
-    add("head", "all-gather", ("fsdp",), table * item, times, True)
-    add("gradient of the head", "all-reduce", ("data", "fsdp", "expert", "context"), table * item, times, True)
+    for name in ("embedding", "head"):
+        add(name, "all-gather", ("fsdp",), table * item, times, True)
+        add(f"gradient of the {name}", "reduce-scatter", ("fsdp",), table * item // mesh.fsdp, times, True)
+        # Summed after the cast to float32.
+        add(f"gradient of the {name}", "all-reduce", ("data", "expert", "context"), table * 4 // mesh.fsdp, times, True)
 
 
 def by_axis(found: list[Transfer], sizes: dict[str, int]) -> dict[str, float]:
