@@ -91,7 +91,7 @@ def test_the_state_is_exact_to_the_byte():
     """The compiler's arguments are the parameters, the moments, three counters and the batch, and nothing else."""
     config, _, _, account, like = compiled(fsdp=2, expert=4)
     state = memory.state_bytes(like)
-    rows = result.by_formula(config, TOPOLOGY, dict.fromkeys(vars(config.mesh), [1, 8]), result.shapes_of(config))
+    rows = result.by_formula(config, TOPOLOGY, {axis: [1, 8] for axis in vars(config.mesh)}, result.shapes_of(config))
     rows = rows["hbm_bytes_per_device"]
     params = sum(size for name, size in state.items() if name.startswith("params"))
     assert rows["parameters"] == params
@@ -103,9 +103,7 @@ def test_the_state_is_exact_to_the_byte():
 
 
 def test_receive_buffers():
-    config = tiny(
-        mesh__expert=4, mesh__fsdp=2, model__dispatch="ragged", model__buffer_factor=1.5, train__batch_size=8
-    )
+    config = tiny(mesh__expert=4, mesh__fsdp=2, model__dispatch="ragged", model__buffer_factor=1.5, train__batch_size=8)
     share = 32 * 2 * 32 * 4  # a row of 32 tokens, 2 choices, D 32, float32
     got = traffic.receive_buffers(config)
     assert got == {"even_share": share, "configured": 1.5 * share, "dropless": 4 * share}
