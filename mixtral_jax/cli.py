@@ -13,6 +13,9 @@ from mixtral_jax.config import Config, RunError, UserError, from_config_dict
 from mixtral_jax.interrupt import InterruptedRun
 from mixtral_jax.progress import messages
 
+# What is defined here belongs to the program that asks for it: its --help shows it.
+flags.disclaim_key_flags()
+
 
 def define_config_flag():
     """Defines `--config=FILE[:argument]` and, through it, `--config.group.key=value`."""

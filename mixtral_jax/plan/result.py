@@ -201,6 +201,7 @@ def _add_account(result: dict[str, Any], config: Config, account: aot.Compiled, 
         read = hlo.collectives(account.text, tuple(mesh.shape.values()), mesh.axis_names)
         result["traffic_bytes_per_device"]["compiled"] = hlo.by_axis(read, dict(mesh.shape))
         result["traffic_bytes_per_device"]["collectives"] = _counted(read)
+        result["traffic_bytes_per_device"]["largest"] = _largest(read)
 
 
 def _known_buffers(config: Config, shapes: Shapes, count: int = 8) -> list[dict[str, Any]]:
@@ -214,6 +215,15 @@ def _known_buffers(config: Config, shapes: Shapes, count: int = 8) -> list[dict[
 def _counted(read: list[hlo.Collective]) -> dict[str, int]:
     """How many collectives of each kind the compiled module has; loops count once."""
     return {kind: sum(one.kind == kind for one in read) for kind in hlo.KINDS if any(one.kind == kind for one in read)}
+
+
+def _largest(read: list[hlo.Collective], count: int = 20) -> list[dict[str, Any]]:
+    """The collectives of the compiled module that move most in a step."""
+    most = sorted(read, key=lambda one: -one.bytes * one.times)[:count]
+    return [
+        {"kind": one.kind, "axes": list(one.axes), "bytes": one.bytes * one.times, "times": one.times, "name": one.name}
+        for one in most
+    ]
 
 
 def axes_text(sizes: dict[str, int]) -> str:

@@ -87,7 +87,8 @@ def search(
 
 def _rank(estimate: dict[str, Any]) -> tuple:
     """What fits by formula first, then by predicted time; of equals the one with less traffic."""
-    return (not estimate["fits"], round(estimate["seconds_per_step"]["predicted"], 3), plan.per_device(estimate))
+    predicted = float(f"{estimate['seconds_per_step']['predicted']:.3g}")
+    return (not estimate["fits"], predicted, plan.per_device(estimate))
 
 
 def _accepted(config: Config, topology: Topology) -> Config | None:
