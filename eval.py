@@ -11,6 +11,7 @@ from absl import flags
 from mixtral_jax import cli
 from mixtral_jax.config import UserError
 
+cli.define_process_flags()
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's workdir, WORKDIR/checkpoints/STEP or hf:DIR.")
 _STEP = flags.DEFINE_string(
     "step", None, "Of a workdir, which checkpoint: a number, or best (lowest held-out loss); default: the newest."
@@ -30,6 +31,7 @@ def main() -> None:
 
     step = None if _STEP.value is None else parse_step(_STEP.value)
     compilation_cache.enable()
+    cli.join_processes()
     run.evaluate(_CHECKPOINT.value, step, _EVALS.value, _OUT.value)
 
 

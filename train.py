@@ -13,6 +13,7 @@ from mixtral_jax import cli
 from mixtral_jax.config import UserError
 
 _CONFIG = cli.define_config_flag()
+cli.define_process_flags()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: created, or resumed if it holds checkpoints.")
 _PROFILE = flags.DEFINE_string("profile", "", "FIRST:STOP: trace these steps into WORKDIR/profile, for example 10:15.")
 
@@ -29,6 +30,7 @@ def main() -> None:
     profile = parse_profile(_PROFILE.value)
 
     compilation_cache.enable()
+    cli.join_processes()
     trainer.fit(config, _WORKDIR.value, evals.Perplexity, evals.baselines, profile)
 
 

@@ -5,7 +5,7 @@ import importlib.util
 
 import jax
 
-from mixtral_jax.config import ModelConfig
+from mixtral_jax.config import SPLASH_BLOCK, ModelConfig, UserError
 
 # The H100 and TPU choices follow docs/design.md, "Experts" and "Attention"; the CPU's are measured in benchmarks/.
 DEFAULTS = {
@@ -13,6 +13,26 @@ DEFAULTS = {
     "gpu": {"attention": "cudnn", "dispatch": "ring", "expert_backend": "tokamax"},
     "tpu": {"attention": "splash", "dispatch": "ragged", "expert_backend": "megablox"},
 }
+# Kernels that a platform cannot run. A CPU runs all of them, to test them.
+FOREIGN = {("megablox", "gpu"), ("tokamax", "tpu")}
+
+
+def attention(config: ModelConfig, t: int, context: int) -> str:
+    """The implementation of attention for rows of T on a mesh whose axis `context` has so many shards.
+
+    The kernels of accelerators are for training's shapes, which resolve_mesh checks when they are chosen by name; prompts
+    of other lengths, and what "auto" would choose for a shape it cannot, go through `chunked`.
+    """
+    chosen = resolve(config).attention
+    multiple = SPLASH_BLOCK * (2 * context if context > 1 else 1)
+    if (chosen == "splash" and t % multiple) or (chosen == "cudnn" and context > 1):
+        return "chunked"
+    return chosen
+
+
+def _capability() -> tuple[int, ...]:
+    """The compute capability of the GPU that is here."""
+    return tuple(map(int, jax.local_devices()[0].compute_capability.split(".")))
 
 
 def resolve(config: ModelConfig, platform: str | None = None) -> ModelConfig:
@@ -25,15 +45,25 @@ def resolve(config: ModelConfig, platform: str | None = None) -> ModelConfig:
 
     Returns:
         The model with every backend named.
+
+    Raises:
+        UserError: the expert backend that was named cannot run on the platform.
     """
     platform = platform or jax.default_backend()
     chosen = dict(DEFAULTS.get(platform, DEFAULTS["cpu"]))
     if chosen["attention"] == "cudnn" and config.dtype != "bfloat16":
         chosen["attention"] = "chunked"  # cuDNN's flash attention has no float32
+    if chosen["attention"] == "cudnn" and jax.default_backend() == "gpu" and _capability() < (9, 0):
+        chosen["attention"] = "chunked"  # it packs documents on Hopper and later only
     if chosen["attention"] == "splash" and config.head_dim % 128:
         chosen["attention"] = "chunked"  # the TPU kernel's lanes are 128 wide
     if chosen["expert_backend"] == "tokamax" and importlib.util.find_spec("tokamax") is None:
         chosen["expert_backend"] = "blocks"
+    if (config.expert_backend, platform) in FOREIGN:
+        raise UserError(
+            f"model.expert_backend={config.expert_backend} has no kernels for a {platform}; set it to "
+            f"{DEFAULTS[platform]['expert_backend']}, blocks or auto"
+        )
     return dataclasses.replace(
         config, **{name: value for name, value in chosen.items() if getattr(config, name) == "auto"}
     )

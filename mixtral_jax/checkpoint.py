@@ -13,12 +13,14 @@ import math
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from mixtral_jax import distributed
 from mixtral_jax.config import RunError, UserError
 from mixtral_jax.fingerprint import fingerprints
 from mixtral_jax.sharding import named_leaves
@@ -107,11 +109,18 @@ class Checkpoints:
         """All finished checkpoints, oldest first."""
         return steps_in(self.folder)
 
+    def agreed_steps(self) -> list[int]:
+        """As steps(), but what process 0 sees, on all: another's view of a network's file system may lag."""
+        return distributed.decided("steps", self.steps)
+
     def clean(self) -> list[str]:
         """Removes what a killed process left half-written or half-removed; returns the folders' names.
 
-        Only the process that holds the workdir may call it.
+        Only the process that holds the workdir does so; all call it.
         """
+        return distributed.decided("clean", self._clean)
+
+    def _clean(self) -> list[str]:
         found = [path for path in self.folder.iterdir() if path.is_dir() and not path.name.isdigit()]
         found = [path for path in found if UNFINISHED in path.name or path.name.endswith(REMOVED)]
         for path in found:
@@ -140,20 +149,32 @@ class Checkpoints:
             meta=ocp.args.JsonSave(meta),
         )
         self._pending = step
-        try:
-            self._manager.save(step, args=arguments)
-        except Exception as error:
-            self._give_up(error)
+        self._attempt("save", lambda: self._manager.save(step, args=arguments))
 
     def poll(self) -> int | None:
         """Returns the step of a save that has ended since the last call, or None; never waits.
 
+        One process of several sees the end of its own part only, so that there the next save or finish() tells.
+
         Raises:
             SaveError: that save failed.
         """
-        if self._pending is None or self._manager.is_saving_in_progress():
+        if self._pending is None or distributed.together() or self._manager.is_saving_in_progress():
             return None
         return self.finish()
+
+    def failing(self) -> None:
+        """Raises the error of this process's part of the save in flight, if there is one already; never waits.
+
+        Raises:
+            SaveError: it failed here. The other processes do not know yet.
+        """
+        if self._pending is None:
+            return
+        try:
+            self._manager.check_for_errors()
+        except Exception as error:
+            self._told(self._pending, _first_line(error), error)
 
     def finish(self) -> int | None:
         """Waits for the save in flight; returns its step, or None if there was none.
@@ -163,35 +184,54 @@ class Checkpoints:
         """
         if self._pending is None:
             return None
-        try:
-            self._manager.wait_until_finished()
-        except Exception as error:
-            self._give_up(error)
+        self._attempt("finish", self._manager.wait_until_finished)
         step, self._pending = self._pending, None
-        if not (self.folder / str(step)).is_dir():
+        if not distributed.decided("whole", lambda: (self.folder / str(step)).is_dir()):
             raise SaveError(f"the checkpoint of step {step} has vanished from {self.folder}")
         self._remove_old()
         return step
 
-    def _give_up(self, error: Exception) -> None:
-        """Leaves no trace of a failed save, so that the disk has room again, and raises SaveError."""
+    def _attempt(self, name: str, act: Callable) -> None:
+        """Does a part of a save on all processes; where one fails, all have failed and leave no trace of it.
+
+        Raises:
+            SaveError: one failed.
+        """
+        error = None
+        try:
+            act()
+        except Exception as raised:
+            error = raised
+        told = distributed.exchange(name, "" if error is None else _first_line(error))
+        failed = [(i, text) for i, text in enumerate(told) if text]
+        if not failed:
+            return
         step, self._pending, self._failed = self._pending, None, True
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RunError):
             self.clean()
             self._open()  # the failed manager would repeat its error for ever
+        i, text = failed[0]
+        self._told(step, f"process {i}: {text}" if distributed.together() else text, error)
+
+    def _told(self, step: int, reason: str, error: Exception | None) -> None:
         last = self.latest()
         stands = "there is no earlier one" if last is None else f"{self.folder}/{last} is the last good one"
         raise SaveError(
-            f"the checkpoint of step {step} could not be written: {_first_line(error)}; {stands}{_room(self.folder)}"
+            f"the checkpoint of step {step} could not be written: {reason}; {stands}{_room(self.folder)}"
         ) from error
 
     def _remove_old(self) -> None:
+        """Removes what need not be kept, on process 0."""
+        best = self.best() if self._keep_best else None
+        distributed.decided("removed", lambda: self._remove(best))
+        self._manager.reload()
+
+    def _remove(self, best: int | None) -> None:
         steps = self.steps()
         kept = set(steps[-self._keep :])
         if self._keep_every:
             kept |= {step for step in steps if step % self._keep_every == 0}
-        if self._keep_best and (best := self.best()) is not None:
-            kept.add(best)
+        kept.add(best)
         for step in steps:
             if step in kept:
                 continue
@@ -202,12 +242,11 @@ class Checkpoints:
                 thread = threading.Thread(target=shutil.rmtree, args=(doomed,), kwargs={"ignore_errors": True})
                 thread.start()
                 self._removing.append(thread)
-        self._manager.reload()
 
     def best(self) -> int | None:
         """The step with the lowest held-out loss, or None."""
         losses = {}
-        for step in self.steps():
+        for step in self.agreed_steps():
             with contextlib.suppress(DamagedError):
                 loss = self.meta(step).get("heldout_loss")
                 if loss is not None and math.isfinite(loss):
@@ -283,13 +322,20 @@ class Checkpoints:
         return found
 
     def set_aside(self, step: int) -> Path:
-        """Moves a damaged checkpoint to `workdir/damaged/`, out of the way of the next save; returns where it is now."""
+        """Moves a damaged checkpoint to `workdir/damaged/`, out of the way of the next save; returns where it is now.
+
+        Process 0 does; all call it.
+        """
+        target = distributed.decided("set aside", lambda: str(self._set_aside(step)))
+        self._manager.reload()
+        return Path(target)
+
+    def _set_aside(self, step: int) -> Path:
         folder = self.folder.parent / "damaged"
         folder.mkdir(exist_ok=True)
         names = (f"{step}" + (f"-{n}" if n else "") for n in range(10**6))
         target = next(folder / name for name in names if not (folder / name).exists())
         (self.folder / str(step)).rename(target)
-        self._manager.reload()
         return target
 
     def _read(self, step: int, arguments: ocp.args.Composite):
@@ -329,9 +375,9 @@ class Checkpoints:
         finally:
             for thread in self._removing:
                 thread.join()
-            if self._failed:
+            if self._failed and distributed.speaks():
                 with contextlib.suppress(OSError):
-                    self.clean()  # again: writes of a failed save may still have been under way when it was given up
+                    self._clean()  # again: writes of a failed save may still have been under way when it was given up
             self._manager.close()
 
 

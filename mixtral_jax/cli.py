@@ -8,9 +8,13 @@ from collections.abc import Callable
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from mixtral_jax import clusters, distributed, watch
 from mixtral_jax.config import Config, RunError, UserError, from_config_dict
 from mixtral_jax.interrupt import InterruptedRun
 from mixtral_jax.progress import messages
+
+# What is defined here belongs to the program that asks for it: its --help shows it.
+flags.disclaim_key_flags()
 
 
 def define_config_flag():
@@ -21,6 +25,25 @@ def define_config_flag():
         "--config.GROUP.KEY=VALUE changes one of its values.",
         lock_config=True,
     )
+
+
+def define_process_flags() -> None:
+    """Defines --coordinator, --processes and --process_id, for programs that run as several processes."""
+    flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0; needed where no scheduler tells (docs/processes.md)."
+    )
+    flags.DEFINE_integer("processes", None, "How many processes work as one.")
+    flags.DEFINE_integer("process_id", None, "The number of this process, from 0.")
+
+
+def join_processes() -> None:
+    """Joins the other processes, if there are any; before anything asks jax for its devices.
+
+    Raises:
+        UserError: the flags contradict each other.
+        RunError: the others did not come.
+    """
+    distributed.start({name: flags.FLAGS[name].value for name in clusters.FLAGS})
 
 
 def typed_config(value: ConfigDict | None) -> Config:
@@ -85,19 +108,28 @@ def guarded(main: Callable[[], int | None], interrupted: str = "interrupted") ->
     """
     try:
         with messages():
-            return main() or 0
+            status = main() or 0
+            watch.finished()
     except InterruptedRun as stopped:
+        watch.failed(stopped, stopped.status)
         print(stopped, file=sys.stderr)
         return stopped.status
     except UserError as error:
+        watch.failed(error, 2)
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RunError as error:
+        watch.failed(error, error.status)
         print(f"error: {error}", file=sys.stderr)
         return error.status
-    except KeyboardInterrupt:
+    except Exception as error:
+        watch.failed(error, 1)
+        raise
+    except KeyboardInterrupt as error:
+        watch.failed(error, 130)
         print(interrupted, file=sys.stderr)
         return 130
+    return status
 
 
 def _parse() -> None:

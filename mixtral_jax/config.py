@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
+SPLASH_BLOCK = 128  # rows of the TPU's attention kernel come in multiples of it
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
@@ -331,6 +332,14 @@ def _validate_model(config: Config) -> None:
         model.experts_per_token <= model.num_experts,
         f"model.experts_per_token={model.experts_per_token} exceeds model.num_experts={model.num_experts}; lower the first or raise the second",
     )
+    _require(
+        model.attention != "cudnn" or model.dtype == "bfloat16",
+        f"model.attention=cudnn with model.dtype={model.dtype}; cuDNN has no float32, set model.dtype=bfloat16 or model.attention=chunked",
+    )
+    _require(
+        model.attention != "splash" or model.head_dim % SPLASH_BLOCK == 0,
+        f"model.attention=splash with model.head_dim={model.head_dim}; its lanes are {SPLASH_BLOCK} wide: set model.head_dim to a multiple, or model.attention=chunked",
+    )
     _require(model.rope_theta > 0, f"model.rope_theta={model.rope_theta}; it must be positive (Mixtral: 1e6)")
     _require(
         train.seq_len <= model.max_seq_len,
@@ -409,7 +418,7 @@ def resolve_mesh(config: Config, num_devices: int) -> Config:
         )
     mesh = MeshConfig(**sizes)
     model, train = config.model, config.train
-    _require(mesh.context == 1, f"mesh.context={mesh.context}; context parallelism is not built yet, set it to 1")
+    _resolve_context(config, mesh.context)
     _divisible("model.num_experts", model.num_experts, "mesh.expert", mesh.expert)
     _divisible("model.d_model", model.d_model, "mesh.fsdp", mesh.fsdp)
     _divisible("model.num_kv_heads", model.num_kv_heads, "mesh.tensor", mesh.tensor)
@@ -423,6 +432,26 @@ def resolve_mesh(config: Config, num_devices: int) -> Config:
             f"mesh data x fsdp x expert = {mesh.batch_shards} batch shards; set train.batch_size to a multiple of {need}"
         )
     return dataclasses.replace(config, mesh=mesh)
+
+
+def _resolve_context(config: Config, context: int) -> None:
+    """Checks the length of rows against mesh.context and the attention that is chosen by name."""
+    model, train = config.model, config.train
+    pieces, of = (2 * context, "2 * mesh.context") if context > 1 else (1, "1")
+    if model.attention == "splash":
+        pieces, of = SPLASH_BLOCK * pieces, f"{SPLASH_BLOCK} * {of}"
+    if train.seq_len % pieces:
+        down, up = train.seq_len // pieces * pieces, -(-train.seq_len // pieces) * pieces
+        raise UserError(
+            f"train.seq_len={train.seq_len} is not divisible by {of} = {pieces} (model.attention={model.attention}, "
+            f"mesh.context={context}); set train.seq_len to {f'{down} or {up}' if down else up}, or mesh.context=1 "
+            f"with model.attention=chunked"
+        )
+    _require(
+        model.attention != "cudnn" or context == 1,
+        f"model.attention=cudnn with mesh.context={context}: cuDNN's packing takes whole rows; set mesh.context=1, or "
+        "model.attention=chunked",
+    )
 
 
 def key_list() -> list[str]:

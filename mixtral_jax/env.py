@@ -19,7 +19,7 @@ import jax
 from absl import flags
 
 import mixtral_jax
-from mixtral_jax import cli, compilation_cache, memory
+from mixtral_jax import cli, compilation_cache, distributed, memory
 from mixtral_jax.config import Config, UserError, resolve_mesh
 
 PACKAGES = (
@@ -137,12 +137,15 @@ def _shown(name: str, value: Any) -> str:
 def main() -> None:
     """Prints the report."""
     config = flags.FLAGS.config
+    cli.join_processes()
     found = collect(None if config is None else cli.typed_config(config))
-    print(json.dumps(found, indent=2) if flags.FLAGS.json else text(found))
+    if distributed.speaks():
+        print(json.dumps(found, indent=2) if flags.FLAGS.json else text(found))
 
 
 if __name__ == "__main__":
     # Defined here, so that the module can be imported beside a program with flags of its own.
     cli.define_config_flag()
+    cli.define_process_flags()
     flags.DEFINE_bool("json", False, "Prints one JSON object.")
     cli.run(main, __doc__)

@@ -31,6 +31,7 @@ def _sums(leaves: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]
 
 
 def _pair(leaf) -> tuple[jax.Array, jax.Array]:
+    leaf = jax.device_put(leaf, jax.memory.Space.Device)  # offloaded moments are in host memory
     if leaf.dtype == bool:
         leaf = leaf.astype(jnp.uint8)
     if leaf.dtype.itemsize > 4:

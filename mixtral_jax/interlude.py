@@ -4,7 +4,7 @@ import contextlib
 import textwrap
 from collections.abc import Callable
 
-from mixtral_jax import metrics, report
+from mixtral_jax import distributed, metrics, report
 from mixtral_jax.checkpoint import SaveError
 from mixtral_jax.generate import sample
 from mixtral_jax.jsonl import read_jsonl
@@ -16,14 +16,16 @@ from mixtral_jax.run import Run, session_line, store
 def evaluate(run: Run, step: int) -> float:
     """Scores some held-out batches, draws the report, returns the loss in nats per token."""
     found = run.heldout(run.state.params, run.config.train.eval_batches)
-    run.writer.write("heldout", step, {name: found[name] for name in ("loss", "bits_per_byte")})
+    run.write("heldout", step, {name: found[name] for name in ("loss", "bits_per_byte")})
     run.progress.note(f"held-out at step {step}: loss {found['loss']:.4f}, {found['bits_per_byte']:.4f} bits per byte")
     draw_report(run)
     return found["loss"]
 
 
 def draw_report(run: Run) -> None:
-    """Draws report.png; a picture that cannot be written is no reason to stop."""
+    """Draws report.png, on process 0; a picture that cannot be written is no reason to stop."""
+    if not distributed.speaks():
+        return
     try:
         report.write_report(run.workdir / "metrics.jsonl", run.workdir / "report.png", run.workdir.name)
     except OSError as error:
@@ -42,7 +44,7 @@ def draw_sample(run: Run, step: int) -> None:
         temperature=0.7,
         seed=train.seed + step,
     )
-    run.writer.write("sample", step, {"text": prompt + text})
+    run.write("sample", step, {"text": prompt + text})
     shown = textwrap.indent(printable(prompt + text), "    | ", lambda line: True)
     run.progress.note(f"sample at step {step}:\n{shown}")
 
@@ -59,12 +61,12 @@ def save(run: Run, step: int, data_state: dict, heldout_loss: float | None = Non
         "heldout_loss": heldout_loss,
         "productive_seconds": run.goodput.productive_seconds,
     }
-    if not (run.workdir / "config.json").exists():
+    if distributed.speaks() and not (run.workdir / "config.json").exists():
         with contextlib.suppress(OSError):  # the folder vanished; if it cannot be made again, the save says so
             run.workdir.mkdir(parents=True, exist_ok=True)
             (run.workdir / "tensorboard").mkdir(exist_ok=True)
             store(run.workdir, run.config, run.tokenizer)
-            run.writer.write("session", step, session_line(0.0))
+            run.write("session", step, session_line(0.0))
     watch_saves(run, run.checkpoints.finish)  # of the one before: its failure must not keep this one from starting
     watch_saves(run, lambda: run.checkpoints.save(step, run.state.params, run.state.opt_state, meta, data_state))
 
@@ -100,10 +102,14 @@ def finish(run: Run, baselines: Callable, values: dict | None) -> dict[str, floa
     steps = run.config.train.steps
     run.progress.note("evaluating on the whole held-out split ...")
     found = run.heldout(run.state.params, None)
-    final = {name: found[name] for name in ("loss", "bits_per_byte", "tokens")} | baselines(run.config, run.corpus)
+    final = {name: found[name] for name in ("loss", "bits_per_byte", "tokens")}
+    if not distributed.speaks():
+        watch_saves(run, run.checkpoints.finish)
+        return final
+    final |= baselines(run.config, run.corpus)
     if not _is_written(run, "heldout", steps):  # else the run was stopped between this line and the next
-        run.writer.write("heldout", steps, {name: found[name] for name in ("loss", "bits_per_byte")})
-    run.writer.write("final", steps, final)
+        run.write("heldout", steps, {name: found[name] for name in ("loss", "bits_per_byte")})
+    run.write("final", steps, final)
     if values is not None:
         run.progress.note(metrics.router_table(values["load_LE"], values["entropy_L"], values["dropped_L"]))
     run.progress.note(_verdict(final))

@@ -3,6 +3,7 @@
 import os
 import signal
 import types
+from collections.abc import Callable
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -25,10 +26,10 @@ class Interrupt:
     `disarm()`, when there is nothing to save, the first one does so too.
     """
 
-    def __init__(self, how_to_resume: str):
-        """Args: how_to_resume ends every message."""
+    def __init__(self, how_to_resume: str, tell: Callable[[int], None] = lambda number: None):
+        """Args: how_to_resume ends every message; tell is called with the number of the first signal that waits."""
         self.number: int | None = None
-        self._how = how_to_resume
+        self._how, self._tell = how_to_resume, tell
         self._idle: str | None = "before the first step; nothing was lost"
         self._before: dict[int, object] = {}
 
@@ -57,6 +58,7 @@ class Interrupt:
         if self.number is not None:
             raise InterruptedRun(f"stopped by a second {name} without a save; {self._how}", number)
         self.number = number
+        self._tell(number)
         # Not print: the signal may have come in the middle of one, and buffered streams refuse to be entered twice.
         os.write(2, f"\n{name}: saving after this step, then stopping; a second signal stops at once\n".encode())
 

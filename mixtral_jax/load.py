@@ -39,7 +39,7 @@ def load(checkpoint: str | Checkpoint, mesh_sizes: dict[str, int] | None = None,
         UserError: no such checkpoint, a damaged one, or a mesh that does not fit.
     """
     checkpoint = _resolved(checkpoint)
-    config = _for_devices(stored_config(checkpoint), jax.device_count(), mesh_sizes)
+    config = _for_devices(stored_config(checkpoint), jax.device_count(), mesh_sizes, for_decoding)
     mesh = make_mesh(config.mesh)
     shapes = mixtral.abstract(config.model)
     shardings = tree_shardings(shapes, mesh, shapes)
@@ -147,7 +147,7 @@ def _check_settings(checkpoint: Checkpoint, stored: ModelConfig, wanted: ModelCo
         )
 
 
-def _for_devices(config: Config, devices: int, mesh_sizes: dict[str, int] | None) -> Config:
+def _for_devices(config: Config, devices: int, mesh_sizes: dict[str, int] | None, for_decoding: bool) -> Config:
     """Replaces the run's mesh and batch, which were chosen for another machine, by ones for the devices here.
 
     The batch is rounded up: evaluation fills it with empty rows, and they change nothing.
@@ -156,7 +156,14 @@ def _for_devices(config: Config, devices: int, mesh_sizes: dict[str, int] | None
         fits = [n for n in range(1, devices + 1) if devices % n == 0]
         fsdp = max(n for n in fits if config.model.d_model % n == 0 and config.model.vocab_size % n == 0)
         mesh_sizes = {"data": devices // fsdp, "fsdp": fsdp}
+    if for_decoding and mesh_sizes.get("context", 1) != 1:
+        raise UserError(
+            f"context={mesh_sizes['context']}: generation reads one token at a time and has no T to split; set context=1 and data instead"
+        )
     mesh = MeshConfig(**{axis: mesh_sizes.get(axis, 1) for axis in AXES})
     rows = -(-config.train.batch_size // config.train.accumulation_steps // devices) * devices
     train = dataclasses.replace(config.train, batch_size=rows, accumulation_steps=1)
-    return resolve_mesh(dataclasses.replace(config, train=train, mesh=mesh), devices)
+    # The kernel of the run's machine may not exist here.
+    attention = "auto" if config.model.attention in ("cudnn", "splash") else config.model.attention
+    model = dataclasses.replace(config.model, attention=attention)
+    return resolve_mesh(dataclasses.replace(config, model=model, train=train, mesh=mesh), devices)

@@ -13,7 +13,7 @@ from jax import lax
 from mixtral_jax.config import LossConfig
 from mixtral_jax.models.mixtral import Mixtral
 from mixtral_jax.models.moe import RouterStats
-from mixtral_jax.sharding import constrain
+from mixtral_jax.sharding import act_spec, param_spec
 
 
 class Totals(NamedTuple):
@@ -33,35 +33,60 @@ class Totals(NamedTuple):
 def token_losses(x_BTD, head_DV, targets_BT, chunk: int):
     """Cross-entropy of every token, `chunk` positions at a time, so that the logits [B, T, V] never exist at once.
 
-    The backward pass computes a chunk's logits again instead of keeping them.
+    The backward pass computes a chunk's logits again instead of keeping them. On a mesh each device has its tokens' logits
+    for its part of V and only their maxima and sums travel over `tensor`; the head is gathered over `fsdp` once, and its
+    gradient reduced once, not with every chunk.
 
     Args:
         x_BTD: hidden states after the final norm.
         head_DV: float32 head.
         targets_BT: int32.
-        chunk: positions per chunk.
+        chunk: positions per chunk, on each device that has a part of T.
 
     Returns:
         nll_BT, log_z_BT: float32; the negative log-likelihood in nats and logsumexp(logits).
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return _local_losses(x_BTD, head_DV.astype(x_BTD.dtype), targets_BT, chunk, over=None)
+
+    def local(x_btD, head_dv, targets_bt):
+        head_Dv = lax.all_gather(head_dv.astype(x_btD.dtype), "fsdp", axis=0, tiled=True)
+        return _local_losses(x_btD, head_Dv, targets_bt, chunk, over="tensor")
+
+    sharded = jax.shard_map(
+        local,
+        in_specs=(act_spec("BTD"), param_spec("head_DV", 2), act_spec("BT")),
+        out_specs=(act_spec("BT"), act_spec("BT")),
+        check_vma=False,  # the scan starts from plain zeros; gradients are tested against one device
+    )
+    return sharded(x_BTD, head_DV, targets_BT)
+
+
+def _local_losses(x_BTD, head_DV, targets_BT, chunk: int, over: str | None):
+    """`token_losses` of the tokens and the part of V that are here; the other parts are over this mesh axis."""
     b, t, d = x_BTD.shape
     chunk = min(chunk, t)
     count = -(-t // chunk)
     pad = count * chunk - t
     x_BTD = jnp.pad(x_BTD, ((0, 0), (0, pad), (0, 0))).reshape(b, count, chunk, d)
     targets_BT = jnp.pad(targets_BT, ((0, 0), (0, pad))).reshape(b, count, chunk)
-    # Whole in D before the scan: gathered over fsdp once and not once per chunk.
-    head_DV = constrain(head_DV.astype(x_BTD.dtype), "DV")
+    # float32 here and cast in the chunk, so that the gradients of all chunks are summed in float32.
+    head_DV = head_DV.astype(jnp.float32)
+    first = lax.axis_index(over) * head_DV.shape[1] if over else 0
 
     @jax.checkpoint
     def one_chunk(_, inputs):
         x_BCD, targets_BC = inputs
-        logits_BCV = jnp.einsum("BCD,DV->BCV", x_BCD, head_DV, preferred_element_type=jnp.float32)
-        logits_BCV = constrain(logits_BCV, "BCV")
-        log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+        logits_BCV = jnp.einsum("BCD,DV->BCV", x_BCD, head_DV.astype(x_BCD.dtype), preferred_element_type=jnp.float32)
+        max_BC = lax.stop_gradient(logits_BCV.max(-1))
+        max_BC = lax.pmax(max_BC, over) if over else max_BC
         # A masked sum works with V split over devices, where a gather would collect the logits.
-        hit_BCV = targets_BC[..., None] == jnp.arange(logits_BCV.shape[-1])[None, None, :]
-        return None, (log_z_BC - jnp.where(hit_BCV, logits_BCV, 0).sum(-1), log_z_BC)
+        hit_BCV = (targets_BC - first)[..., None] == jnp.arange(logits_BCV.shape[-1])[None, None, :]
+        sums = jnp.exp(logits_BCV - max_BC[..., None]).sum(-1), jnp.where(hit_BCV, logits_BCV, 0).sum(-1)
+        sum_BC, target_BC = lax.psum(sums, over) if over else sums
+        log_z_BC = max_BC + jnp.log(sum_BC)
+        return None, (log_z_BC - target_BC, log_z_BC)
 
     inputs = (jnp.moveaxis(x_BTD, 1, 0), jnp.moveaxis(targets_BT, 1, 0))
     _, outputs = lax.scan(one_chunk, None, inputs)

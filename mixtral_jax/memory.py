@@ -14,7 +14,8 @@ from typing import NamedTuple
 import jax
 from jax.sharding import NamedSharding
 
-from mixtral_jax.config import Config, RunError, UserError, resolve_mesh, validate
+from mixtral_jax import backends
+from mixtral_jax.config import Config, ModelConfig, RunError, UserError, resolve_mesh, validate
 from mixtral_jax.sharding import named_leaves
 
 GIB = 2**30
@@ -24,12 +25,13 @@ _SIZE = r"([\d.]+)\s*([KMGTP]?)(?:i?B|\b)(?:ytes)?"
 _ASKED = (
     rf"out of memory (?:while trying to allocate|allocating|trying to allocate) {_SIZE}",
     rf"ran out of memory in memory space hbm\. used {_SIZE} of",
+    rf"required for hlo temporaries \({_SIZE}\)",
     rf"attempting to (?:allocate|reserve) {_SIZE}",
     rf"failed to allocate (?:request for )?{_SIZE}",
     rf"unable to allocate {_SIZE} for an array",
 )
 _FREE = (rf"there are {_SIZE} free",)
-_CAPACITY = (rf"used [\d.]+[KMGTP]? of {_SIZE} hbm",)
+_CAPACITY = (rf"used [\d.]+[KMGTP]? of {_SIZE} hbm", rf"exceeds available hbm \({_SIZE}\)")
 _IS_OOM = re.compile(
     r"out of memory|ran out of memory|failed to allocate|that was not possible|bad_alloc|unable to allocate", re.I
 )
@@ -111,30 +113,42 @@ def activations(config: Config) -> dict[str, int]:
 
     Rough, and meant for comparing settings: XLA shares buffers whose lives do not overlap and adds copies of its own.
     """
-    model, mesh, train = config.model, config.mesh, config.train
+    model, mesh, train = backends.resolve(config.model), config.mesh, config.train
     item = 2 if model.dtype == "bfloat16" else 4
     rows = train.batch_size // train.accumulation_steps // mesh.batch_shards
     t, mine = train.seq_len, train.seq_len // mesh.context
     tokens = rows * mine
     stream = tokens * model.d_model * item
     heads = tokens * (2 * model.num_heads + 2 * model.num_kv_heads) // mesh.tensor * model.head_dim * item
-    scores = rows * model.num_heads // mesh.tensor * mine * t * (4 + item)
-    routed = tokens * mesh.expert * model.experts_per_token * model.d_model * item
+    seen = t if model.attention == "plain" else min(t, 512)  # the others hold one block of keys at a time
+    scores = rows * model.num_heads // mesh.tensor * mine * seen * (4 + item)
+    routed = tokens * model.experts_per_token * model.d_model * item * _rows_over_share(model, mesh.expert)
     experts = 3 * model.num_experts // mesh.expert * model.d_model * model.d_ff // mesh.tensor * item
     kept = {
         "full": stream,
         "outputs": 3 * stream,
+        "offload": 0,
         "dots": 3 * stream + heads,
-        "none": 6 * stream + heads + scores + 3 * routed,
+        "none": 6 * stream + heads + (scores if model.attention == "plain" else 0) + 3 * routed + experts,
     }[model.remat]
     return {
-        f"kept for the backward pass, {model.num_layers} layers, model.remat={model.remat}": model.num_layers * kept,
-        f"attention scores of a layer, {rows} x {model.num_heads // mesh.tensor} heads x {mine} x {t}": 2 * scores,
-        "rows on their way to the experts of a layer": 4 * routed,
+        f"kept for the backward pass, {model.num_layers} layers, model.remat={model.remat}": int(
+            model.num_layers * kept
+        ),
+        f"attention scores of a layer, {rows} x {model.num_heads // mesh.tensor} heads x {mine} x {seen}": 2 * scores,
+        "rows on their way to the experts of a layer": int(4 * routed),
         "experts of a layer in the compute type, and their gradient": 2 * experts,
         f"logits of {min(config.loss.head_chunk, mine)} positions, and their gradient": 2
         * (rows * min(config.loss.head_chunk, mine) * model.vocab_size // mesh.tensor * 4),
     }
+
+
+def _rows_over_share(model: ModelConfig, shards: int) -> float:
+    """Rows that a device has room for in its experts, over its even share of the routed rows."""
+    if model.dispatch == "ring" or shards == 1:
+        return float(shards)
+    worst = shards * min(model.experts_per_token, model.num_experts // shards) / model.experts_per_token
+    return min(worst, model.buffer_factor) if model.buffer_factor else worst
 
 
 def explain_oom(
@@ -171,13 +185,18 @@ def explain_oom(
     width = max(len(name) for name, *_ in rows)
     table = [f"  {name:<{width}}  {readable(size):>10}{note}" for name, size, note in rows]
     short = max(asked - (free or capacity), 0) if asked and (free or capacity) else None
-    knobs = _knobs(config, state_or_abstract, have, short)
-    help_ = [f"  {i}. {label}: about {readable(gain)} less on each device" for i, (gain, label) in enumerate(knobs, 1)]
+    found = knobs(config, state_or_abstract, have, short)
+    help_ = [f"  {i}. {label}: about {readable(gain)} less on each device" for i, (gain, label) in enumerate(found, 1)]
     lines = [_headline(have, asked, free), "On each device:", *table]
     lines += ["What would help most:", *help_] if help_ else ["Use more devices or a smaller model."]
-    if short and help_ and sum(gain for gain, _ in knobs) < short:
+    if short and help_ and sum(gain for gain, _ in found) < short:
         lines.append("  Together that may not be enough: use more devices or a smaller model.")
     return "\n".join(lines)
+
+
+def used_and_limit(text: str) -> tuple[int | None, int | None]:
+    """What a compiler's message about memory asks for and allows, in bytes; None where it does not say."""
+    return _first(_ASKED, text), _first(_CAPACITY, text)
 
 
 def _first(patterns: tuple[str, ...], text: str) -> int | None:
@@ -251,7 +270,7 @@ def _total(config: Config, state) -> int:
     return total
 
 
-def _knobs(config: Config, state, have: Available, short: int | None) -> list[tuple[int, str]]:
+def knobs(config: Config, state, have: Available, short: int | None) -> list[tuple[int, str]]:
     """The three changes that save most on a device, (bytes, text), as estimated; only ones the configuration allows."""
     now = _total(config, state)
     found = []

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 
+from mixtral_jax import distributed
 from mixtral_jax.config import UserError
 
 
@@ -43,7 +44,8 @@ class Profiler:
     def __init__(self, workdir: str | os.PathLike, first: int, stop: int):
         """Prepares; nothing is written before the first of the steps. For first and stop see parse_profile()."""
         self.folder = Path(workdir) / "profile"
-        self._first, self._stop = first, stop
+        # Processes of one host would write the same files; the steps of the first are like those of all.
+        self._first, self._stop = (first, stop) if distributed.speaks() else (0, 0)
         self._running = self._done = False
 
     def step(self, k: int, latest=None) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from absl import logging as absl_logging
 from tqdm import tqdm
 
+from mixtral_jax import distributed
 from mixtral_jax.metrics import human, short_float
 from mixtral_jax.timing import data_wait_share
 
@@ -29,6 +30,7 @@ def messages() -> Iterator[None]:
     sys.unraisablehook = _unraisable
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.addFilter(_named)
     ours = logging.getLogger("mixtral_jax")
     before = (ours.level, ours.propagate)
     ours.addHandler(handler)
@@ -40,6 +42,13 @@ def messages() -> Iterator[None]:
         ours.removeHandler(handler)
         ours.setLevel(before[0])
         ours.propagate = before[1]
+
+
+def _named(record: logging.LogRecord) -> bool:
+    """Of several processes the first tells what all do; warnings and errors of the others carry their number."""
+    if not distributed.speaks():
+        record.msg = f"process {distributed.process_id()}: {record.msg}"
+    return distributed.speaks() or record.levelno >= logging.WARNING
 
 
 def _unraisable(unraisable) -> None:
@@ -98,6 +107,7 @@ class Progress:
         total_steps: int,
         first_step: int,
         stream: TextIO | None = None,
+        silent: bool = False,
         log_every: int = 1,
         clock: Callable[[], float] = time.perf_counter,
     ):
@@ -107,16 +117,18 @@ class Progress:
             total_steps: steps of the whole run.
             first_step: steps done before this process: 0, or the step a run resumed from.
             stream: where to write; standard error by default.
+            silent: write nothing: of several processes one speaks.
             log_every: off a terminal, the steps whose line is printed (and the last step's); a terminal shows all.
             clock: seconds; tests replace it.
         """
         self._total = total_steps
         self._stream = sys.stderr if stream is None else stream
+        self._silent = silent
         self._log_every = log_every
         self._clock = clock
         self._start: tuple[int, float] | None = None  # (step, time) of the first update: compilation lies before it
         self._bar = None
-        if is_screen(self._stream):
+        if is_screen(self._stream) and not silent:
             layout = "{percentage:3.0f}% {bar:16} {desc}"
             self._bar = tqdm(
                 total=total_steps, initial=first_step, file=self._stream, bar_format=layout, dynamic_ncols=True
@@ -153,8 +165,9 @@ class Progress:
             self._bar.close()
 
     def _print(self, text: str) -> None:
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        if not self._silent:
+            self._stream.write(text + "\n")
+            self._stream.flush()
 
 
 class Throughput:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mixtral_jax import load
+from mixtral_jax import distributed, load
 from mixtral_jax.checkpoint import Checkpoints, DamagedError
 from mixtral_jax.config import Config, RunError, UserError
 from mixtral_jax.data import Corpus, load_tokenizer
@@ -79,11 +79,15 @@ def find_state(
     # The policy, in this order: continue this run from its newest good checkpoint; else take the weights that
     # train.init_from names (a workdir, a step's folder or hf:DIR), with a new optimizer and step 0; else random weights.
     damaged: dict[int, DamagedError] = {}
-    for step in reversed(checkpoints.steps()):
+    for step in reversed(checkpoints.agreed_steps()):
+        start, error = None, None
         try:
             start = _continue(config, optimizer, mesh, checkpoints, step, mine)
-        except DamagedError as error:
-            damaged[step] = error
+        except DamagedError as damage:
+            error = damage
+        told = [text for text in distributed.exchange("damage", str(error or "")) if text]
+        if told:  # one process's shards are enough
+            damaged[step] = error or DamagedError(told[0])
             continue
         for bad, error in damaged.items():
             note(f"WARNING: {error}. It was moved to {checkpoints.set_aside(bad)}; step {step} is the newest good one.")

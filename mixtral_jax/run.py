@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from mixtral_jax import metrics
+from mixtral_jax import distributed, metrics
 from mixtral_jax.checkpoint import Checkpoints, SaveError
 from mixtral_jax.config import Config, UserError
 from mixtral_jax.data import Corpus, load_tokenizer, open_corpus
@@ -38,6 +38,7 @@ class Run:
     tokenizer: Any
     corpus: Corpus
     batches: Any
+    rows: tuple[int, int]  # of each global batch, those that this process reads: start and stop
     data_state: dict | None  # of the checkpoint it resumed from
     state: TrainState
     skipped: int  # non-finite steps so far
@@ -47,13 +48,18 @@ class Run:
     flops_per_token: float
     peak_flops: float
     progress: Progress
-    writer: MetricsWriter
+    writer: MetricsWriter | None  # of process 0; the others write nothing
     throughput: Throughput
     breakdown: Breakdown
     goodput: Goodput
     seconds: Counter = dataclasses.field(default_factory=Counter)  # of the breakdown, since the last train line
     steps_since_line: int = 0
     save_error: SaveError | None = None  # of the latest save
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Writes a line of metrics, on process 0; see MetricsWriter.write."""
+        if self.writer is not None:
+            self.writer.write(kind, step, values)
 
     def close(self) -> None:
         """Ends what runs in the background.
@@ -63,7 +69,8 @@ class Run:
         """
         self.progress.close()
         try:
-            self.writer.close()
+            if self.writer is not None:
+                self.writer.close()
         finally:
             self.checkpoints.close()
 
@@ -78,14 +85,17 @@ def start(config: Config, workdir: Path, make_heldout: Callable) -> Run:
     train = config.train
     breakdown = Breakdown()
     begin = time.time()
-    require_wandb(config)
-    tokenizer = load_tokenizer(config.data.tokenizer, config.data.cache_dir, config.data.heldout_fraction)
+    if distributed.speaks():
+        require_wandb(config)
+    with distributed.process_0_first("tokenizer"):
+        tokenizer = load_tokenizer(config.data.tokenizer, config.data.cache_dir, config.data.heldout_fraction)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids and model.vocab_size={config.model.vocab_size}; "
             f"raise model.vocab_size to at least {tokenizer.vocab_size}"
         )
-    corpus = open_corpus(config.data, tokenizer)
+    with distributed.process_0_first("corpus"):
+        corpus = open_corpus(config.data, tokenizer)
     mesh = make_mesh(config.mesh)
     stage = STAGES[train.stage]
     optimizer = make_optimizer(config.optim, train.steps)
@@ -94,22 +104,28 @@ def start(config: Config, workdir: Path, make_heldout: Callable) -> Run:
     )
     notes = [f"removed {name}, which was not finished" for name in checkpoints.clean()]
     mine = identity(config, tokenizer, corpus)
+    distributed.same(mine, "give all the same text, configuration and Python")
     found = find_state(config, optimizer, mesh, checkpoints, mine, tokenizer, notes.append)
-    store(workdir, config, tokenizer)
+    if distributed.speaks():
+        store(workdir, config, tokenizer)
     step_fn = jax.jit(
         make_train_step(config, optimizer, stage.loss),
         donate_argnums=0,
         out_shardings=(found.shardings, replicated(mesh)),
     )
     peak, peak_source = metrics.mesh_peak_flops(mesh.devices.flat, config.model.dtype)
-    progress = Progress(train.steps, found.step or 0, log_every=train.log_every)
+    progress = Progress(train.steps, found.step or 0, log_every=train.log_every, silent=not distributed.speaks())
     progress.note(_header(config, mesh, tokenizer, corpus, peak, peak_source))
+    if distributed.together():
+        progress.note(f"  together   {distributed.process_count()} processes, {jax.local_device_count()} devices each")
     for line in notes:
         progress.note(line)
     resume_step = -1 if found.step is None else found.step
-    writer = MetricsWriter(workdir, config, resume_step, keep_going=train.continue_on_save_error)
-    if (found.step or 0) < train.steps:
-        writer.write("session", found.step or 0, session_line(time.time() - begin))
+    writer = None
+    if distributed.speaks():
+        writer = MetricsWriter(workdir, config, resume_step, keep_going=train.continue_on_save_error)
+        if (found.step or 0) < train.steps:
+            writer.write("session", found.step or 0, session_line(time.time() - begin))
     return Run(
         config=config,
         workdir=workdir,
@@ -117,6 +133,7 @@ def start(config: Config, workdir: Path, make_heldout: Callable) -> Run:
         tokenizer=tokenizer,
         corpus=corpus,
         batches=stage.batches(config, corpus, tokenizer),
+        rows=distributed.rows_here(mesh, train.batch_size),
         data_state=found.data,
         state=found.state,
         skipped=found.meta.get("skipped", 0),

@@ -5,6 +5,7 @@ Parameters and activations have separate tables because D is split over `fsdp` i
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -24,7 +25,6 @@ PARAM_AXES = {
 }
 ACT_AXES = {
     "B": BATCH,
-    "C": None,  # positions inside one chunk of the head
     "D": None,
     "E": None,
     "G": "tensor",
@@ -102,6 +102,13 @@ def constrain(x, letters: str):
     return jax.lax.with_sharding_constraint(x, act_spec(letters))
 
 
+def everywhere(x):
+    """Gives every device all of `x`, so that each process can fetch it; without a mesh it returns `x` untouched."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
 def path_names(path) -> list[str]:
     """The readable parts of a tree path, without nnx's `value`: `['layers', 'w_gate_EDF']`."""
     parts = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path]
@@ -136,6 +143,32 @@ def tree_shardings(tree, mesh: Mesh, params):
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def without_context(mesh: Mesh) -> Mesh:
+    """The same devices with the axis `context` of size 1, its replicas of the parameters joined to `data`'s.
+
+    For what reads one token at a time and has no T to split. Parameters lie on both meshes alike: see `moved`.
+    """
+    devices = mesh.devices.transpose(0, 3, 1, 2, 4)
+    sizes = dict(mesh.shape) | {"data": mesh.shape["data"] * mesh.shape["context"], "context": 1}
+    return Mesh(devices.reshape([sizes[axis] for axis in AXES]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def moved(params, mesh: Mesh):
+    """Parameters of another mesh of the same devices, seen as this mesh's: the same buffers, nothing is copied.
+
+    Raises:
+        ValueError: the two meshes would give a device different parts.
+    """
+
+    def leaf(path, x):
+        sharding = NamedSharding(mesh, param_spec(path_names(path)[-1], x.ndim))
+        if sharding.devices_indices_map(x.shape) != x.sharding.devices_indices_map(x.shape):
+            raise ValueError(f"{path_names(path)[-1]}: the meshes {x.sharding.mesh} and {mesh} divide it differently")
+        return jax.make_array_from_single_device_arrays(x.shape, sharding, [s.data for s in x.addressable_shards])
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of a value that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
@@ -157,8 +190,54 @@ def constrain_params(tree):
     return jax.tree_util.tree_map_with_path(pin, tree)
 
 
-def place(batch: dict, mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts a host batch's arrays on the mesh; every process passes its own rows. What is no array stays behind."""
+def zigzag(t: int, shards: int) -> np.ndarray:
+    """The order of a row's columns on a mesh whose axis `context` has so many shards: int32 [T], places in the row.
+
+    The row is cut into 2 * shards pieces and shard i holds pieces i and 2 * shards - 1 - i. A query sees the keys before
+    it, so an early piece is little work and a late one much; in these pairs all shards have the same.
+
+    Raises:
+        ValueError: T does not divide into the pieces; resolve_mesh checks train.seq_len.
+    """
+    if shards == 1:
+        return np.arange(t, dtype=np.int32)
+    if t % (2 * shards):
+        raise ValueError(f"rows of {t} columns cannot be cut into 2 * {shards} pieces of equal size")
+    pieces = np.arange(t, dtype=np.int32).reshape(2 * shards, -1)
+    return np.concatenate([pieces[[i, 2 * shards - 1 - i]].reshape(-1) for i in range(shards)])
+
+
+def unzigzag(x_BT, shards: int):
+    """Puts columns (axis 1) that are in zig-zag order back into row order: two slices and no gather."""
+    b, t = x_BT.shape[:2]
+    pieces = x_BT.reshape(b, shards, 2, t // (2 * shards), *x_BT.shape[2:])
+    return jnp.concatenate([pieces[:, :, 0], pieces[:, ::-1, 1]], axis=1).reshape(x_BT.shape)
+
+
+def place(batch: dict, mesh: Mesh, start: int = 0, rows: int | None = None) -> dict[str, jax.Array]:
+    """Puts a host batch's arrays on the mesh. What is no array stays behind.
+
+    On a mesh with `context` the columns are put in zig-zag order, all fields alike: losses are sums over tokens, and
+    positions and segment ids say where a token belongs. `hidden` relies on that order.
+
+    Args:
+        batch: all rows of the global batch, or those from `start` on that this process's devices hold
+            (distributed.rows_here).
+        mesh: the mesh.
+        start: number of the first row that `batch` holds.
+        rows: rows of the global batch; default: those of `batch`.
+    """
     sharding = batch_sharding(mesh)
-    arrays = {name: value for name, value in batch.items() if isinstance(value, np.ndarray)}
-    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in arrays.items()}
+
+    def put(value_BT):
+        if mesh.shape["context"] > 1:
+            value_BT = value_BT[:, zigzag(value_BT.shape[1], mesh.shape["context"])]
+
+        def part(index):
+            first, stop, _ = index[0].indices(shape[0])
+            return value_BT[first - start : stop - start, index[1]]
+
+        shape = (rows or len(value_BT), *value_BT.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return {name: put(value) for name, value in batch.items() if isinstance(value, np.ndarray)}

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mixtral_jax.config import Config
+from mixtral_jax.config import Config, UserError
 from mixtral_jax.losses import Totals
 from mixtral_jax.models import mixtral
 from mixtral_jax.models.moe import RouterStats
 from mixtral_jax.optim import clip_by_norm, learning_rate_schedule
 from mixtral_jax.sharding import constrain_params, path_names, tree_shardings
+
+HOST = "pinned_host"  # jax's name of the host memory that an accelerator reaches by itself
 
 
 @jax.tree_util.register_dataclass
@@ -24,6 +26,19 @@ class TrainState:
     params: mixtral.Mixtral  # float32
     opt_state: optax.OptState
     skipped: jax.Array  # int32, steps whose update was not made because the loss or the gradient was not finite
+
+
+def _require_host_memory(config: Config, mesh) -> None:
+    device = mesh.devices.flat[0]
+    try:
+        kinds = [memory.kind for memory in device.addressable_memories()]
+    except (AttributeError, NotImplementedError, jax.errors.JaxRuntimeError):
+        return  # a description of a device that is not here, which has no memories to ask for
+    if HOST not in kinds:
+        raise UserError(
+            f"optim.offload={config.optim.offload} and model.remat={config.model.remat} need memory of the kind {HOST}, and "
+            f"{device.device_kind} has {len(kinds)}: {', '.join(kinds)}; set optim.offload=False and model.remat=outputs"
+        )
 
 
 def _builder(config: Config, optimizer: optax.GradientTransformation) -> Callable:
@@ -38,10 +53,20 @@ def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh
     """The state as ShapeDtypeStructs with shardings: what a checkpoint is restored onto, without any memory of its own.
 
     Returns:
-        the abstract TrainState, and its NamedShardings.
+        the abstract TrainState, and its NamedShardings; with optim.offload those of the moments are in host memory.
+
+    Raises:
+        UserError: optim.offload or model.remat=offload, and the devices have no host memory.
     """
     shapes = jax.eval_shape(_builder(config, optimizer), jax.random.key(config.train.seed))
     shardings = tree_shardings(shapes, mesh, shapes.params)
+    if config.optim.offload or config.model.remat == "offload":
+        _require_host_memory(config, mesh)
+    if config.optim.offload:
+        moments = jax.tree.map(
+            lambda x, s: s.with_memory_kind(HOST) if x.ndim else s, shapes.opt_state, shardings.opt_state
+        )
+        shardings = dataclasses.replace(shardings, opt_state=moments)
     like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return like, shardings
 
@@ -111,6 +136,9 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation, los
         loss, (terms, stats_L), grads = _accumulate(micro_loss, state.params, batch, totals, steps)
         norm = optax.tree.norm(grads)
         grads = clip_by_norm(grads, norm, config.optim.clip_norm)
+        if config.optim.offload:
+            # Leaf by leaf, so that XLA can bring one while it updates another; out_shardings send them back.
+            state = dataclasses.replace(state, opt_state=jax.device_put(state.opt_state, jax.memory.Space.Device))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         if config.loss.bias_update_rate:

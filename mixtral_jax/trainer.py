@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from mixtral_jax import interlude, metrics
+from mixtral_jax import distributed, interlude, metrics, watch
 from mixtral_jax.checkpoint import SaveError
 from mixtral_jax.config import Config, RunError, TrainConfig, UserError, resolve_mesh
 from mixtral_jax.data import prefetch
@@ -21,7 +22,7 @@ from mixtral_jax.run import Run, start
 from mixtral_jax.sharding import make_mesh, place
 from mixtral_jax.step import abstract_state
 from mixtral_jax.timing import Breakdown, per_step
-from mixtral_jax.workdir import held
+from mixtral_jax.workdir import held_by_all
 
 # What a person put in the way: a file for a folder, a folder for a file, a folder that is not theirs.
 MISTAKES = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM)
@@ -56,11 +57,10 @@ def fit(
         SaveError: a checkpoint could not be written.
         InterruptedRun: SIGTERM or SIGINT; what was trained is saved.
     """
-    if jax.process_count() > 1:
-        raise UserError(f"{jax.process_count()} processes were started; training with more than one is not built yet")
     config = resolve_mesh(config, jax.device_count())
     workdir = Path(workdir)
-    with held(workdir), Interrupt("run the same command again to go on") as interrupt:
+    distributed.same(_flat(config), "start all with the same command")
+    with held_by_all(workdir), Interrupt("run the same command again to go on", watch.ask_to_stop) as interrupt:
         with _memory_explained(config), _files_explained():
             run = start(config, workdir, make_heldout)
         try:
@@ -72,17 +72,23 @@ def fit(
                     _note(run, profiler.close())
                 interlude.watch_saves(run, run.checkpoints.finish)
                 interrupt.disarm("after the last step, which is saved")
-                final = {} if interlude.is_finished(run) else interlude.finish(run, baselines, values)
+                finished = distributed.decided("finished", lambda: interlude.is_finished(run))
+                final = {} if finished else interlude.finish(run, baselines, values)
         except BaseException:
             with contextlib.suppress(SaveError):  # the first error is the one to tell
                 run.close()
             raise
         run.close()
-    if not final:
+    if not final and distributed.speaks():
         print("this run is finished; raise train.steps to go on, or choose another workdir", file=sys.stderr)
     if run.save_error is not None:
         raise run.save_error
     return final
+
+
+def _flat(config: Config) -> dict[str, object]:
+    """A configuration as group.key -> value."""
+    return {f"{group}.{key}": value for group, values in config.to_dict().items() for key, value in values.items()}
 
 
 @contextlib.contextmanager
@@ -114,7 +120,7 @@ def _train(run: Run, interrupt: Interrupt, profiler: Profiler) -> dict | None:
     train = run.config.train
     first = int(jax.device_get(run.state.step))
     pending = values = on_device = None
-    reader = prefetch(run.batches, first, train.steps, run.config.data.workers, state=run.data_state)
+    reader = prefetch(run.batches, first, train.steps, run.config.data.workers, *run.rows, state=run.data_state)
     for k, batch, data_state in _timed(reader, run.breakdown):
         step = k + 1
         _note(run, profiler.step(step, on_device))
@@ -122,7 +128,7 @@ def _train(run: Run, interrupt: Interrupt, profiler: Profiler) -> dict | None:
             run.breakdown.measure("compile" if k == first else "step"),
             jax.profiler.StepTraceAnnotation("train", step_num=step),
         ):
-            arrays = place(batch, run.mesh)
+            arrays = place(batch, run.mesh, run.rows[0], train.batch_size)
             with jax.transfer_guard("disallow"):
                 run.state, on_device = run.step_fn(run.state, arrays)
         if pending is not None:
@@ -131,14 +137,25 @@ def _train(run: Run, interrupt: Interrupt, profiler: Profiler) -> dict | None:
         interrupt.arm()
         with run.breakdown.measure("checkpoint"):
             interlude.watch_saves(run, run.checkpoints.poll)
-        due = _due(train, step, stopping=interrupt.number is not None)
+            if not train.continue_on_save_error:
+                run.checkpoints.failing()
+        due = _due(train, step, stopping=_stops_here(interrupt, step))
         if due:
             values, pending = _log(run, *pending), None
             with run.throughput.pause():
                 _interlude(run, step, due, data_state)
-        if interrupt.number is not None:
+        if _stops_here(interrupt, step):  # asked again: a signal may have come meanwhile
             _stop(run, interrupt, step, due, pending, data_state)
     return values
+
+
+def _stops_here(interrupt: Interrupt, step: int) -> bool:
+    """Whether the run stops after this step: at once where it is alone, else where all processes do."""
+    if not distributed.together():
+        return interrupt.number is not None
+    here = watch.reached(step)
+    interrupt.number = watch.stopping() if here else interrupt.number
+    return here
 
 
 def _stop(run: Run, interrupt: Interrupt, step: int, due: set[str], pending, data_state: dict) -> None:
@@ -207,7 +224,7 @@ def _log(run: Run, step: int, on_device: dict, documents: list) -> dict:
     if skipped > run.skipped:
         allowed = run.config.train.skip_nonfinite
         run.progress.note(
-            f"WARNING: step {step} was skipped, number {skipped} of at most {allowed}: {_what_happened(values, documents)}"
+            f"WARNING: step {step} was skipped, number {skipped} of at most {allowed}: {_what_happened(run, values, documents)}"
         )
         run.skipped = skipped
     health = metrics.router_health(values["load_LE"], values["entropy_L"], values["dropped_L"])
@@ -221,7 +238,7 @@ def _log(run: Run, step: int, on_device: dict, documents: list) -> dict:
     }
     run.progress.update(step, values)
     if step % run.config.train.log_every == 0 or step in (1, run.config.train.steps):
-        run.writer.write("train", step, values)
+        run.write("train", step, values)
         run.seconds.clear()
         run.steps_since_line = 0
     return values
@@ -235,13 +252,15 @@ def _non_finite(run: Run, step: int, values: dict, documents: list) -> str:
     stands = "there is no checkpoint yet" if saved is None else f"{run.checkpoints.folder}/{saved} is the last good one"
     before = f"{run.skipped} such steps were skipped before (train.skip_nonfinite). " if run.skipped else ""
     return (
-        f"step {step}: {_what_happened(values, documents)}. The update was not made; {stands}. {before}"
+        f"step {step}: {_what_happened(run, values, documents)}. The update was not made; {stands}. {before}"
         "Try a lower optim.learning_rate, a longer optim.warmup_steps, loss.z_weight=1e-4, or train.skip_nonfinite=10."
     )
 
 
-def _what_happened(values: dict, documents: list) -> str:
-    names = sorted({name for row in documents for name in row})
+def _what_happened(run: Run, values: dict, documents: list) -> str:
+    """Says what was not finite, and which documents all processes had read; they all come here at the same step."""
+    mine = json.dumps(sorted({name for row in documents for name in row}))
+    names = sorted({name for text in distributed.exchange("documents", mine) for name in json.loads(text)})
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
     return (
         f"loss {values['loss']}, gradient norm {values['gradient_norm']}. "

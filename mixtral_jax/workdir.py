@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from mixtral_jax import distributed
 from mixtral_jax.config import UserError
 
 LOCK = "lock"
@@ -50,6 +51,20 @@ def held(workdir: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {now:%Y-%m-%d %H:%M:%S %Z}\n")
         file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def held_by_all(workdir: Path) -> Iterator[None]:
+    """As `held`, for all processes together: process 0 holds the folder, and the others check that they see it.
+
+    Raises:
+        UserError: also where a process does not see what process 0 wrote.
+    """
+    with held(workdir) if distributed.speaks() else contextlib.nullcontext():
+        if distributed.together():
+            told = distributed.exchange("held", (workdir / LOCK).read_text() if distributed.speaks() else "")[0]
+            distributed.visible(workdir / LOCK, told, f"--workdir={workdir}")
         yield
 
 

@@ -64,6 +64,24 @@ def command(workdir: Path, **changes) -> list[str]:
     return [sys.executable, "train.py", "--config=configs/tiny.py:tiny", f"--workdir={workdir}", *flags]
 
 
+def group(workdir: Path, count: int, devices: int = 1, **changes) -> list[str]:
+    """The command line of a small run of so many processes, each with so many devices."""
+    launcher = [sys.executable, "-m", "mixtral_jax.launch", f"--processes={count}", f"--devices_per_process={devices}"]
+    return [*launcher, "--", *command(workdir, **changes)[1:]]
+
+
+def members(launcher: subprocess.Popen) -> list[int]:
+    """The processes that a launcher has started, by their numbers in the group."""
+    children = [
+        pid for task in Path(f"/proc/{launcher.pid}/task").iterdir() for pid in (task / "children").read_text().split()
+    ]
+    numbers = {}
+    for pid in map(int, children):
+        given = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+        numbers[next(int(line.partition("=")[2]) for line in given if line.startswith("MIXTRAL_JAX_PROCESS_ID="))] = pid
+    return [numbers[i] for i in sorted(numbers)]
+
+
 def environment(devices: int = 1, **more: str) -> dict[str, str]:
     """The environment of a process that sees so many devices."""
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
@@ -84,7 +102,7 @@ class Process(subprocess.Popen):
 
     def end(self, status: int) -> str:
         """Waits until it ends, with this status and without a stack trace; returns what it printed."""
-        self.wait(timeout=120)
+        self.wait(timeout=400)
         out = self.output()
         assert self.returncode == status, f"status {self.returncode} instead of {status}:\n{out}"
         assert "Traceback" not in out, out

@@ -99,7 +99,17 @@ MESHES = [
         4,
         ["train.batch_size=8", "accumulation_steps=4", "multiple of 16"],
     ),
-    (dict(mesh__context=2), 2, ["context=2", "1"]),
+    (dict(mesh__context=4, train__seq_len=30), 4, ["seq_len=30", "2 * mesh.context = 8", "24 or 32"]),
+    (
+        dict(mesh__context=2, train__seq_len=64, model__attention="splash", model__head_dim=128),
+        2,
+        ["seq_len=64", "128 * 2 * mesh.context = 512", "to 512"],
+    ),
+    (
+        dict(mesh__context=2, model__attention="cudnn", model__dtype="bfloat16"),
+        2,
+        ["cudnn", "mesh.context=2", "model.attention=chunked"],
+    ),
     (dict(mesh__tensor=2, model__vocab_size=129, mesh__fsdp=1), 2, ["vocab_size=129", "2", "128 or 130"]),
 ]
 

@@ -113,3 +113,11 @@ def test_a_mesh_draws_the_same_text(temperature):
     with jax.set_mesh(mesh):
         got = sample(shard(model(), mesh), Letters(), prompt(20), max_tokens=NEW, temperature=temperature, seed=3)
     assert got == want
+
+
+def test_a_mesh_with_context_generates_the_same():
+    """It is trained on such a mesh and sampled from in between; one token has no T to split."""
+    _, mesh = on_mesh(tiny(model__init_std=0.4, model__max_seq_len=128), context=2, tensor=2, fsdp=2)
+    with jax.set_mesh(mesh):
+        got = sample(shard(model(), mesh), Letters(), prompt(9), max_tokens=NEW, temperature=0, seed=0)
+    assert got == greedy(prompt(9))

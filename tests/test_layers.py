@@ -9,9 +9,22 @@ LAYERS = [
     {"config", "sharding"},
     {"backends", "models", "kernels", "losses", "optim", "data"},
     {"fingerprint", "checkpoint", "workdir", "metrics", "progress", "jsonl", "load", "resolve", "generate", "convert"}
-    | {"appending", "events", "writers", "timing", "profile", "memory", "compilation_cache", "interrupt"},
-    {"stages", "step", "resume", "run", "interlude", "trainer", "evals", "report", "panels", "time_panels"},
-    {"cli"},
+    | {
+        "clusters",
+        "distributed",
+        "last_words",
+        "watch",
+        "appending",
+        "events",
+        "writers",
+        "timing",
+        "profile",
+        "memory",
+        "compilation_cache",
+        "interrupt",
+    },
+    {"stages", "step", "resume", "run", "interlude", "trainer", "evals", "report", "panels", "time_panels", "plan"},
+    {"cli", "launch"},
     {"env"},
 ]
 ROOT = Path(__file__).parent.parent

@@ -213,10 +213,10 @@ def test_the_smallest_change_that_is_enough_is_proposed():
 
     steps = {
         need: next((x["train.accumulation_steps"] for x in propose(need) if "train.accumulation_steps" in x), None)
-        for need in (1, 60, 1000)
+        for need in (1, 40, 1000)
     }
     assert steps[1] == "2"
-    assert steps[60] == "4"
+    assert steps[40] == "4"
     assert steps[1000] == "16"
 
 
@@ -271,7 +271,9 @@ from mixtral_jax.step import abstract_state, make_train_step
 from tests.helpers import on_mesh, random_batch, tiny
 
 LENGTH = 16384
-config, mesh = on_mesh(tiny(train__seq_len=LENGTH, model__max_seq_len=LENGTH, train__batch_size=1))
+config, mesh = on_mesh(
+    tiny(train__seq_len=LENGTH, model__max_seq_len=LENGTH, train__batch_size=1, model__attention="plain")
+)
 optimizer = make_optimizer(config.optim, 1)
 like, shardings = abstract_state(config, optimizer, mesh)
 state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), like)
@@ -314,11 +316,11 @@ def test_a_train_step_that_really_runs_out_of_memory():
 def test_every_remat_policy_has_an_estimate():
     """An explanation must not fail itself."""
     config, *_ = abstract()
-    kept = []
+    kept = {}
     for remat in typing.get_args(typing.get_type_hints(ModelConfig)["remat"]):
         changed = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
-        kept.append(sum(memory.activations(changed).values()))
-    assert len(set(kept)) == len(kept)
+        kept[remat] = sum(memory.activations(changed).values())
+    assert len(set(kept.values())) == len(kept)
 
 
 def test_errors_of_ours_are_not_taken_for_it():

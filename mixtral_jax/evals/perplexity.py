@@ -6,6 +6,7 @@ from tqdm import tqdm
 
 from mixtral_jax.config import Config
 from mixtral_jax.data import Batches, TokenFile, pack
+from mixtral_jax.distributed import rows_here, speaks
 from mixtral_jax.losses import token_losses
 from mixtral_jax.sharding import place
 
@@ -48,8 +49,11 @@ class Perplexity:
         picked = range(count) if limit is None or limit >= count else np.linspace(0, count - 1, limit).astype(int)
         mesh = jax.sharding.get_mesh()
         total, pending = np.zeros(2), None
-        for k in tqdm(picked, "held-out", leave=False, disable=None, unit="batch"):
-            parts = self._sums(model, place(self._batches.eval_batch(int(k)), mesh))
+        rows = self._batches.batch_size
+        start, stop = rows_here(mesh, rows)
+        for k in tqdm(picked, "held-out", leave=False, disable=None if speaks() else True, unit="batch"):
+            batch = self._batches.eval_batch(int(k), start, stop)
+            parts = self._sums(model, place(batch, mesh, start, rows))
             if (
                 pending is not None
             ):  # fetched one batch late, so that the device does not wait and batches do not pile up

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from mixtral_jax import distributed
 from mixtral_jax.config import UserError
 from mixtral_jax.data import open_corpus
 from mixtral_jax.evals import EVALS
@@ -28,7 +29,8 @@ def evaluate(spec: str, step: int | str | None, names: list[str], out: str) -> d
         raise UserError(f"unknown evaluation {', '.join(unknown) or '(none given)'}; there are {', '.join(EVALS)}")
     folder = Path(out)
     try:
-        folder.mkdir(parents=True, exist_ok=True)  # before the work: a bad path must not cost an evaluation
+        if distributed.speaks():
+            folder.mkdir(parents=True, exist_ok=True)  # before the work: a bad path must not cost an evaluation
     except OSError as error:
         raise UserError(f"--out={out} cannot be made a folder: {error}") from error
     checkpoint = resolve_checkpoint(spec, step)
@@ -37,7 +39,9 @@ def evaluate(spec: str, step: int | str | None, names: list[str], out: str) -> d
     if checkpoint.step is not None:  # the run's own tokenizer, wherever data.tokenizer has gone since
         stored = dataclasses.replace(config.data, tokenizer=str(checkpoint.folder / "tokenizer"))
         config = dataclasses.replace(config, data=stored)
-    corpus = open_corpus(config.data, tokenizer)
+    with distributed.process_0_first("corpus"):
+        corpus = open_corpus(config.data, tokenizer)
+    distributed.same({"the corpus": corpus.key, "the checkpoint": str(checkpoint)}, "give all the same files")
     if key is not None and corpus.key != key:
         raise UserError(
             f"the text that {checkpoint} was trained on has changed (files, data.heldout_fraction or the Python version): "
@@ -45,6 +49,8 @@ def evaluate(spec: str, step: int | str | None, names: list[str], out: str) -> d
         )
     with jax.set_mesh(mesh):
         results = {name: EVALS[name](config, corpus, model) for name in names}
+    if not distributed.speaks():
+        return results
     print(checkpoint)
     for name, values in results.items():
         for metric, value in values.items():

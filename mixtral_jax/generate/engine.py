@@ -1,5 +1,6 @@
 """The loop: prompts in, tokens one step at a time, text out."""
 
+import contextlib
 import dataclasses
 from collections.abc import Generator, Iterator, Sequence
 from typing import Literal
@@ -13,7 +14,7 @@ from mixtral_jax.generate.sampling import Sampling, choose, row_keys
 from mixtral_jax.generate.text import TextStream
 from mixtral_jax.models.decode import Prepared, decode, prefill
 from mixtral_jax.models.mixtral import Mixtral
-from mixtral_jax.sharding import BATCH
+from mixtral_jax.sharding import BATCH, moved, without_context
 
 # Lengths are rounded up to steps of at least this many positions, so that similar ones share one compilation.
 STEP = 64
@@ -170,7 +171,8 @@ def sample(model: Mixtral, tokenizer: Tokenizer, prompt: str, *, max_tokens: int
     """Continues one prompt during training, on the parameters as they are: no second copy of the weights.
 
     Args:
-        model: parameters on any mesh; the mesh, if any, is the current one (`jax.set_mesh`).
+        model: parameters on any mesh; the mesh, if any, is the current one (`jax.set_mesh`). Over `context` the work is
+            not split: one token at a time has no T to split.
         tokenizer: the run's tokenizer.
         prompt: text; BOS is put before it. Of a prompt too long for the model the end is kept.
         max_tokens: length of the continuation; it ends earlier at EOS, or where the model's max_seq_len leaves no room.
@@ -180,10 +182,14 @@ def sample(model: Mixtral, tokenizer: Tokenizer, prompt: str, *, max_tokens: int
     Returns:
         The continuation alone.
     """
+    mesh = jax.sharding.get_mesh()
+    if not mesh.empty and mesh.shape["context"] > 1:
+        mesh = without_context(mesh)
+        model = moved(model, mesh)
     limit = model.config.max_seq_len
     max_tokens = min(max_tokens, limit - 1)
     context = [tokenizer.bos_id, *tokenizer.encode(prompt)][max_tokens - limit :]
-    with jax.transfer_guard("allow"):
+    with jax.transfer_guard("allow"), contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh):
         settings = Sampling(temperature=temperature)
         (done,) = generate(model, tokenizer, [context], max_tokens=max_tokens, sampling=settings, seed=seed)
     return done.text

@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from mixtral_jax.config import UserError
+from mixtral_jax.sharding import everywhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +79,10 @@ def choose(logits_BV, key_B, i, sampling: Sampling, vocab_size: int):
     """
     logits_BV = logits_BV[:, :vocab_size]
     if sampling.temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return everywhere(jnp.argmax(logits_BV, axis=-1).astype(jnp.int32))
     logits_BV = filtered(logits_BV, sampling)
     draw = jax.vmap(lambda key, logits_V: jax.random.categorical(jax.random.fold_in(key, i), logits_V))
-    return draw(key_B, logits_BV).astype(jnp.int32)
+    return everywhere(draw(key_B, logits_BV).astype(jnp.int32))
 
 
 def row_keys(contexts: Sequence[Sequence[int]], seed: int):

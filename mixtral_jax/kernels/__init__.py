@@ -7,6 +7,11 @@ exact zeros. The three matmuls of an expert and its SwiGLU are one call, because
 exist for one block of rows at a time and never for all rows of a worst-case buffer.
 """
 
-from mixtral_jax.kernels import blocks, dense
+from mixtral_jax.kernels import blocks, dense, megablox, tokamax_gpu
 
-BACKENDS = {"dense": dense.grouped_swiglu, "blocks": blocks.grouped_swiglu}
+BACKENDS = {
+    "dense": dense.grouped_swiglu,
+    "blocks": blocks.grouped_swiglu,
+    "megablox": megablox.grouped_swiglu,
+    "tokamax": tokamax_gpu.grouped_swiglu,
+}

@@ -95,14 +95,14 @@ def _split_layer(layers: Block, i):
     return block, [list(slot) for slot in zip(*stacks, strict=True)]
 
 
-def _layers(weights: Mixtral | Prepared, x_BTD, rope, visible_BTS, valid_BT, cache: Cache | None):
+def _layers(weights: Mixtral | Prepared, x_BTD, rope, segment_ids_BT, positions_BT, cache: Cache | None):
     """Runs all layers; returns x_BTD and the layers' keys and values in the form that Cache holds."""
     at_B = None if cache is None else cache.length_B
 
     def body(x_BTD, inputs):
         block, separate, keys_values = inputs
         slots = None if cache is None else attention.Slots(*keys_values, at_B)
-        x_BTD, _, keys_values = block(x_BTD, rope, visible_BTS, valid_BT, slots, separate)
+        x_BTD, _, keys_values = block(x_BTD, rope, segment_ids_BT, positions_BT, slots, separate)
         return x_BTD, tuple(constrain(a, "BSGH") for a in keys_values)
 
     old = None if cache is None else cache.keys_values
@@ -147,10 +147,9 @@ def prefill(weights: Mixtral | Prepared, tokens_BT, length_B, size: int):
     c = weights.config
     b, t = tokens_BT.shape
     positions_BT = jnp.broadcast_to(jnp.arange(t)[None, :], (b, t))
-    valid_BT = positions_BT < length_B[:, None]
-    visible_BTS = attention.visible(valid_BT.astype(jnp.int32), positions_BT, c.sliding_window)
+    segment_ids_BT = (positions_BT < length_B[:, None]).astype(jnp.int32)
     rope = rope_table(positions_BT, c.head_dim, c.rope_theta)
-    x_BTD, keys_values = _layers(weights, _embed(weights, tokens_BT), rope, visible_BTS, valid_BT, None)
+    x_BTD, keys_values = _layers(weights, _embed(weights, tokens_BT), rope, segment_ids_BT, positions_BT, None)
     last_B11 = jnp.maximum(length_B - 1, 0)[:, None, None]
     logits_BV = _logits(weights, jnp.take_along_axis(x_BTD, last_B11, axis=1)[:, 0])
 
@@ -177,14 +176,8 @@ def decode(weights: Mixtral | Prepared, cache: Cache, token_B, active_B):
     """
     c = weights.config
     at_B = cache.length_B
-    keys = cache.keys_values[0]
-    size = (keys if isinstance(weights, Mixtral) else keys[0]).shape[-3]
-    # Distance 0 is the token itself, which is in the cache before attention reads it.
-    distance_BS = at_B[:, None] - jnp.arange(size)[None, :]
-    visible_BS = distance_BS >= 0
-    if c.sliding_window:
-        visible_BS &= distance_BS < c.sliding_window
     rope = rope_table(at_B[:, None], c.head_dim, c.rope_theta)
     x_B1D = _embed(weights, token_B[:, None])
-    x_B1D, keys_values = _layers(weights, x_B1D, rope, visible_BS[:, None], active_B[:, None], cache)
+    active_B1 = active_B[:, None].astype(jnp.int32)
+    x_B1D, keys_values = _layers(weights, x_B1D, rope, active_B1, at_B[:, None], cache)
     return _logits(weights, x_B1D[:, 0]), Cache(keys_values, at_B + active_B)

@@ -1,8 +1,52 @@
-"""Small layers: RMSNorm, rotary embedding, and the initialiser that every weight uses."""
+"""Small layers: the embedding, RMSNorm, rotary embedding, and the initialiser that every weight uses."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from mixtral_jax.sharding import act_spec, param_spec
+
+
+def embed(embedding_VD, tokens_BT, dtype):
+    """Looks tokens up: [B, T, D] in dtype.
+
+    On a mesh the table (V over tensor and fsdp) is gathered over fsdp, in dtype, and each device looks up its own tokens.
+    XLA would leave the table where it is, look up the tokens of all devices of fsdp everywhere and sum over them, and
+    in the backward pass make and reduce the gradient of the whole table on each device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return embedding_VD[tokens_BT].astype(dtype)
+
+    def local(embedding_vD, tokens_bt):
+        table_vD = lax.all_gather(embedding_vD.astype(dtype), "fsdp", axis=0, tiled=True)
+        tokens_bt = tokens_bt - lax.axis_index("tensor") * table_vD.shape[0]
+        mine_bt = (tokens_bt >= 0) & (tokens_bt < table_vD.shape[0])
+        x_btD = jnp.where(mine_bt[..., None], _rows(table_vD, jnp.where(mine_bt, tokens_bt, 0)), 0)
+        return lax.psum(x_btD, "tensor")
+
+    sharded = jax.shard_map(
+        local,
+        in_specs=(param_spec("embedding_VD", 2), act_spec("BT")),
+        out_specs=act_spec("BTD"),
+        check_vma=False,  # gradients are tested against one device
+    )
+    return sharded(embedding_VD, tokens_BT)
+
+
+@jax.custom_vjp
+def _rows(table_VD, tokens_BT):
+    """table[tokens], whose gradient is summed in float32 whatever the table's dtype."""
+    return table_VD[tokens_BT]
+
+
+def _rows_backward(saved, d_BTD):
+    table_VD, tokens_BT = saved
+    d_VD = jnp.zeros(table_VD.shape, jnp.float32).at[tokens_BT].add(d_BTD.astype(jnp.float32))
+    return d_VD.astype(table_VD.dtype), None
+
+
+_rows.defvjp(lambda table_VD, tokens_BT: (table_VD[tokens_BT], (table_VD, tokens_BT)), _rows_backward)
 
 
 def rms_norm(x_BTD, scale_D, eps: float):

@@ -8,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.models import attention, moe
-from mixtral_jax.models.layers import apply_rope, normal, rms_norm, rope_table
+from mixtral_jax.models.layers import apply_rope, embed, normal, rms_norm, rope_table
 from mixtral_jax.sharding import constrain, named_leaves
 
 # What the backward pass finds stored; everything else inside a layer is computed again.
@@ -16,6 +16,13 @@ REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "outputs": jax.checkpoint_policies.save_only_these_names("attention_out", "experts_out"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # With its input on the host too, a layer leaves nothing on the device.
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer_in", "attention_out", "experts_out"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -43,11 +50,11 @@ class Block(nnx.Module):
         if c.router_bias:
             self.router_bias_E = nnx.Param(jnp.zeros(e))
 
-    def attention(self, x_BTD, rope, visible_BTS, slots=None):
+    def attention(self, x_BTD, rope, segment_ids_BT, positions_BT, slots=None):
         """Grouped-query self-attention.
 
         Args:
-            x_BTD, rope, visible_BTS: see __call__.
+            x_BTD, rope, segment_ids_BT, positions_BT: see __call__.
             slots: None attends within x (S is T); attention.Slots attends to the cache and x's one token.
 
         Returns:
@@ -59,8 +66,12 @@ class Block(nnx.Module):
         v_BTGH = jnp.einsum("BTD,DGH->BTGH", x_BTD, self.w_v_DGH[...].astype(dtype))
         q_BTNH = constrain(apply_rope(q_BTNH, *rope), "BTNH")
         k_BTGH = constrain(apply_rope(k_BTGH, *rope), "BTGH")
-        keys_values = (k_BTGH, v_BTGH) if slots is None else attention.append(slots, k_BTGH, v_BTGH)
-        out_BTNH = attention.attend(q_BTNH, *keys_values, visible_BTS)
+        if slots is None:
+            keys_values = (k_BTGH, v_BTGH)
+            out_BTNH = attention.self_attend(q_BTNH, *keys_values, segment_ids_BT, positions_BT, self.config)
+        else:
+            keys_values = attention.append(slots, k_BTGH, v_BTGH)
+            out_BTNH = attention.attend_to_cache(q_BTNH, *keys_values, slots.at_B, self.config.sliding_window)
         out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.w_o_NHD[...].astype(dtype))
         return constrain(out_BTD, "BTD"), keys_values
 
@@ -84,8 +95,15 @@ class Block(nnx.Module):
             out_BTD, computed = moe.separate_experts(x_BTD, gates_BTK, index_BTK, separate, self.config)
         return constrain(out_BTD, "BTD"), stats._replace(dropped=stats.count_E.sum() - computed)
 
-    def __call__(self, x_BTD, rope, visible_BTS, valid_BT, slots=None, separate=None):
+    def __call__(self, x_BTD, rope, segment_ids_BT, positions_BT, slots=None, separate=None):
         """Runs the layer; training leaves out the last two arguments, which are for generation (models/decode.py).
+
+        Args:
+            x_BTD: in the compute dtype.
+            rope: rope_table of the positions.
+            segment_ids_BT: int32 document of each token; 0, padding, goes to no expert.
+            positions_BT: int32 position of each token in its document; with `slots` those say it.
+            slots, separate: see `attention` and `experts`.
 
         Returns:
             the output [B, T, D], its RouterStats, and the keys and values [B, S, G, H] that were attended to.
@@ -93,10 +111,11 @@ class Block(nnx.Module):
         eps = self.config.norm_eps
         with jax.named_scope("attention"):
             normed_BTD = rms_norm(x_BTD, self.attention_norm_D[...], eps)
-            out_BTD, keys_values = self.attention(normed_BTD, rope, visible_BTS, slots)
+            out_BTD, keys_values = self.attention(normed_BTD, rope, segment_ids_BT, positions_BT, slots)
             x_BTD = x_BTD + checkpoint_name(out_BTD, "attention_out")
         with jax.named_scope("experts"):
-            out_BTD, stats = self.experts(rms_norm(x_BTD, self.experts_norm_D[...], eps), valid_BT, separate)
+            normed_BTD = rms_norm(x_BTD, self.experts_norm_D[...], eps)
+            out_BTD, stats = self.experts(normed_BTD, segment_ids_BT > 0, separate)
             x_BTD = x_BTD + checkpoint_name(out_BTD, "experts_out")
         return x_BTD, stats, keys_values
 
@@ -125,13 +144,11 @@ class Mixtral(nnx.Module):
             x_BTD after the final norm, in config.dtype; RouterStats with a leading L.
         """
         c = self.config
-        valid_BT = segment_ids_BT > 0
-        x_BTD = constrain(self.embedding_VD[...][tokens_BT].astype(c.dtype), "BTD")
+        x_BTD = constrain(embed(self.embedding_VD[...], tokens_BT, c.dtype), "BTD")
         rope = rope_table(positions_BT, c.head_dim, c.rope_theta)
-        visible_BTS = attention.visible(segment_ids_BT, positions_BT, c.sliding_window)
 
         def body(x_BTD, block):
-            return block(x_BTD, rope, visible_BTS, valid_BT)[:2]
+            return block(checkpoint_name(x_BTD, "layer_in"), rope, segment_ids_BT, positions_BT)[:2]
 
         if c.remat != "none":
             body = jax.checkpoint(body, policy=REMAT[c.remat], prevent_cse=not c.scan_layers)

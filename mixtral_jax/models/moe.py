@@ -1,7 +1,6 @@
 """The sparse mixture of experts: route, permute, experts, unpermute. (Balance, the fifth verb, is in losses.py.)
 
-Tokens reach experts on other devices by a ring-style exchange inside one shard_map: all-gather the tokens over the
-`expert` axis, let each shard run its own experts, reduce-scatter the results. It is dropless and exact on every mesh.
+Everything after routing happens inside one shard_map; dispatch.py says how tokens reach experts on other devices.
 """
 
 from collections.abc import Callable
@@ -15,6 +14,8 @@ from jax.sharding import PartitionSpec
 from mixtral_jax import backends
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels import BACKENDS, separate
+from mixtral_jax.models import dispatch
+from mixtral_jax.models.permute import permute, sort_by_expert, unpermute
 from mixtral_jax.sharding import act_spec, param_spec, suffix
 
 
@@ -72,66 +73,6 @@ def route(logits_BTE, bias_E, valid_BT, k: int):
     return gates_BTK, jnp.where(valid_BT[..., None], index_BTK, e).astype(jnp.int32), stats
 
 
-@jax.custom_vjp
-def permute(x_ND, row_token_M, token_rows_NK):
-    """Copies each token's row to the K places its experts read: rows_MD = x[row_token].
-
-    Args:
-        x_ND: tokens.
-        row_token_M: the token of each sorted row.
-        token_rows_NK: the inverse, the K rows of each token. With it the backward pass is a gather too; autodiff would
-            scatter-add, which is slow everywhere and not deterministic on a GPU.
-    """
-    del token_rows_NK
-    return x_ND[row_token_M]
-
-
-permute.defvjp(
-    lambda x_ND, row_token_M, token_rows_NK: (x_ND[row_token_M], token_rows_NK),
-    lambda token_rows_NK, d_MD: (d_MD[token_rows_NK].sum(1), None, None),
-)
-
-
-@jax.custom_vjp
-def unpermute(rows_MD, gates_NK, row_token_M, token_rows_NK):
-    """Combines the K results of each token: out = sum over k of gate * row, float32 sum, rows' dtype."""
-    return _combine(rows_MD, gates_NK, token_rows_NK)
-
-
-def _combine(rows_MD, gates_NK, token_rows_NK):
-    gathered_NKD = rows_MD[token_rows_NK].astype(jnp.float32)
-    return (gathered_NKD * gates_NK[..., None]).sum(1).astype(rows_MD.dtype)
-
-
-def _unpermute_forward(rows_MD, gates_NK, row_token_M, token_rows_NK):
-    return _combine(rows_MD, gates_NK, token_rows_NK), (rows_MD, gates_NK, row_token_M, token_rows_NK)
-
-
-def _unpermute_backward(saved, d_ND):
-    rows_MD, gates_NK, row_token_M, token_rows_NK = saved
-    row_gate_M = jnp.zeros(rows_MD.shape[0], jnp.float32).at[token_rows_NK].set(gates_NK, unique_indices=True)
-    d_rows_MD = (d_ND[row_token_M].astype(jnp.float32) * row_gate_M[:, None]).astype(rows_MD.dtype)
-    d_gates_NK = jnp.einsum("NKD,ND->NK", rows_MD[token_rows_NK], d_ND, preferred_element_type=jnp.float32)
-    return d_rows_MD, d_gates_NK, None, None
-
-
-unpermute.defvjp(_unpermute_forward, _unpermute_backward)
-
-
-def sort_by_expert(index_NK, e: int):
-    """Sorts the N*K assignments by expert; assignments to no expert of this shard (index e) come last.
-
-    Returns:
-        row_token_M, token_rows_NK, group_sizes_e (int32).
-    """
-    n, k = index_NK.shape
-    flat_M = index_NK.reshape(-1)
-    order_M = jnp.argsort(flat_M, stable=True)
-    rank_M = jnp.zeros_like(order_M).at[order_M].set(jnp.arange(n * k, dtype=order_M.dtype), unique_indices=True)
-    group_sizes_e = (flat_M[:, None] == jnp.arange(e)[None, :]).sum(0, dtype=jnp.int32)
-    return order_M // k, rank_M.reshape(n, k), group_sizes_e
-
-
 def local_experts(x_BTD, gates_BTK, index_BTK, w_gate_eDF, w_up_eDF, w_down_eFD, config: ModelConfig):
     """Permute, experts, unpermute on the experts that are here.
 
@@ -145,25 +86,67 @@ def local_experts(x_BTD, gates_BTK, index_BTK, w_gate_eDF, w_up_eDF, w_down_eFD,
     Returns:
         out_BTD (the part of these experts), computed: number of assignments that were computed, int32.
     """
-    grouped_swiglu = BACKENDS[backends.resolve(config).expert_backend]
-    # An expert has at most one row of each token: a larger block would only multiply padding (when decoding).
-    block = min(config.expert_block, x_BTD.shape[0] * x_BTD.shape[1])
-
-    def multiply(rows_MD, group_sizes_e):
-        return grouped_swiglu(rows_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e, block)
-
+    weights = (w_gate_eDF, w_up_eDF, w_down_eFD)
+    multiply = _multiply(weights, x_BTD.shape[0] * x_BTD.shape[1], config)
     return _sorted_experts(x_BTD, gates_BTK, index_BTK, w_gate_eDF.shape[0], multiply)
+
+
+def _multiply(weights, tokens: int, config: ModelConfig) -> Callable:
+    """The kernel as a function of grouped rows; no expert has more rows than `tokens`."""
+    grouped_swiglu = BACKENDS[backends.resolve(config).expert_backend]
+    block = min(config.expert_block, tokens)  # a larger block would only multiply padding (when decoding)
+    return lambda rows_MD, group_sizes_e: grouped_swiglu(rows_MD, *weights, group_sizes_e, block)
 
 
 def _sorted_experts(x_BTD, gates_BTK, index_BTK, e: int, multiply: Callable):
     """Permute, multiply(rows_MD, group_sizes_e), unpermute; returns what `local_experts` does."""
+
+    def run(rows_MD, group_sizes_e):
+        return multiply(rows_MD, group_sizes_e), group_sizes_e.sum()
+
+    return _between_permutes(x_BTD, gates_BTK, index_BTK, e, run)
+
+
+def _between_permutes(x_BTD, gates_BTK, index_BTK, experts: int, run: Callable):
+    """Sorts the rows by expert and combines what `run(rows_MD, group_sizes)` -> (rows_MD, computed) makes of them."""
     b, t, d = x_BTD.shape
     k = gates_BTK.shape[-1]
-    row_token_M, token_rows_NK, group_sizes_e = sort_by_expert(index_BTK.reshape(b * t, k), e)
+    row_token_M, token_rows_NK, group_sizes = sort_by_expert(index_BTK.reshape(b * t, k), experts)
     rows_MD = permute(x_BTD.reshape(b * t, d), row_token_M, token_rows_NK)
-    rows_MD = multiply(rows_MD, group_sizes_e)
+    rows_MD, computed = run(rows_MD, group_sizes)
     out_ND = unpermute(rows_MD, gates_BTK.reshape(b * t, k), row_token_M, token_rows_NK)
-    return out_ND.reshape(b, t, d), group_sizes_e.sum()
+    return out_ND.reshape(b, t, d), computed
+
+
+def ring_experts(x_bTD, gates_bTK, index_bTK, *weights, config: ModelConfig):
+    """Inside shard_map: gathers the tokens of all shards of `expert`, and reduce-scatters the sums of these experts.
+
+    Args and returns as `local_experts`, with global indices and this shard's tokens.
+    """
+    gathered = (lax.all_gather(a, dispatch.AXIS, axis=0, tiled=True) for a in (x_bTD, gates_bTK, index_bTK))
+    x_BTD, gates_BTK, index_BTK = gathered
+    e = weights[0].shape[0]
+    index_BTK = index_BTK - lax.axis_index(dispatch.AXIS) * e
+    index_BTK = jnp.where((index_BTK >= 0) & (index_BTK < e), index_BTK, e)
+    out_BTD, computed = local_experts(x_BTD, gates_BTK, index_BTK, *weights, config)
+    return lax.psum_scatter(out_BTD, dispatch.AXIS, scatter_dimension=0, tiled=True), computed
+
+
+def ragged_experts(x_bTD, gates_bTK, index_bTK, *weights, config: ModelConfig):
+    """Inside shard_map: sends each row to the shard of `expert` that owns its expert, and the result back.
+
+    Args and returns as `local_experts`, with global indices and this shard's tokens; `computed` counts the rows that
+    came here and had room.
+    """
+    shards, e = lax.axis_size(dispatch.AXIS), weights[0].shape[0]
+    tokens, k = x_bTD.shape[0] * x_bTD.shape[1], gates_bTK.shape[-1]
+    capacity = dispatch.buffer_rows(tokens, k, shards, e, config.buffer_factor, config.expert_block)
+    multiply = _multiply(weights, shards * tokens, config)
+
+    def run(rows_MD, group_sizes_E):
+        return dispatch.ragged(rows_MD, group_sizes_E, capacity, multiply)
+
+    return _between_permutes(x_bTD, gates_bTK, index_bTK, shards * e, run)
 
 
 def experts(x_BTD, gates_BTK, index_BTK, w_gate_EDF, w_up_EDF, w_down_EFD, config: ModelConfig):
@@ -176,19 +159,15 @@ def experts(x_BTD, gates_BTK, index_BTK, w_gate_EDF, w_up_EDF, w_down_EFD, confi
     if mesh.empty or mesh.size == 1:
         out_BTD, computed = local_experts(x_BTD, gates_BTK, index_BTK, w_gate_EDF, w_up_EDF, w_down_EFD, config)
         return out_BTD, computed.astype(jnp.float32)
+    if mesh.shape[dispatch.AXIS] == 1:
+        travel = local_experts  # TPUs refuse an exchange among one
+    else:
+        travel = {"ring": ring_experts, "ragged": ragged_experts}[backends.resolve(config).dispatch]
 
     def shard(x_bTD, gates_bTK, index_bTK, *weights):
-        w_gate_eDF, w_up_eDF, w_down_eFD = (
-            lax.all_gather(w, "fsdp", axis=axis, tiled=True) for w, axis in zip(weights, (1, 1, 2))
-        )
-        x_BTD, gates_BTK, index_BTK = (
-            lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x_bTD, gates_bTK, index_bTK)
-        )
-        e = w_gate_eDF.shape[0]
-        index_BTK = index_BTK - lax.axis_index("expert") * e
-        index_BTK = jnp.where((index_BTK >= 0) & (index_BTK < e), index_BTK, e)
-        out_BTD, computed = local_experts(x_BTD, gates_BTK, index_BTK, w_gate_eDF, w_up_eDF, w_down_eFD, config)
-        out_bTD = lax.psum_scatter(out_BTD, "expert", scatter_dimension=0, tiled=True)
+        # Gathered inside, so that the gradients of weights split over `fsdp` are reduce-scattered.
+        weights = (lax.all_gather(w, "fsdp", axis=axis, tiled=True) for w, axis in zip(weights, (1, 1, 2)))
+        out_bTD, computed = travel(x_bTD, gates_bTK, index_bTK, *weights, config=config)
         # F is split over `tensor`, so each device there holds a part of the sum. Every one of them counted.
         computed = lax.psum(computed, ("data", "fsdp", "expert", "context"))
         return lax.psum(out_bTD, "tensor"), computed.astype(jnp.float32)

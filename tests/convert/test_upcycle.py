@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.convert.__main__ import main
-from mixtral_jax.models.attention import visible
+from mixtral_jax.models.attention import Places, visible
 from mixtral_jax.models.layers import apply_rope, rms_norm, rope_table
 from mixtral_jax.sharding import named_leaves
 from tests.convert import sources
@@ -28,7 +28,8 @@ def dense_logits(t: dict, tokens: np.ndarray) -> np.ndarray:
     n, g, h = SHAPE["num_heads"], SHAPE["num_kv_heads"], SHAPE["head_dim"]
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
     rope = rope_table(positions, h, SHAPE["rope_theta"])
-    seen = np.asarray(visible(np.ones_like(tokens), positions, 0))
+    places = Places(np.ones_like(tokens), positions, positions[0])
+    seen = np.asarray(visible(places, places, 0))
     x = t["model.embed_tokens.weight"][tokens]
     for i in range(SHAPE["num_layers"]):
         w = {name.removeprefix(f"model.layers.{i}."): a for name, a in t.items()}

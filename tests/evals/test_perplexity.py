@@ -54,6 +54,15 @@ def test_every_token_but_the_first_of_a_document_counts_once():
     assert got["bits_per_byte"] == pytest.approx(loss_V[targets].sum() / np.log(2) / file.bytes_.sum(), rel=1e-5)
 
 
+def test_a_mesh_with_context_scores_the_same():
+    model = mixtral.init(tiny(model__init_std=0.4).model, jax.random.key(0))
+    want = score(*on_mesh(tiny()), model)
+    got = score(*on_mesh(tiny(), context=2, fsdp=2), model)
+    assert got["tokens"] == want["tokens"]
+    assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
+    assert got["loss"] != pytest.approx(np.log(V), rel=0.01)
+
+
 def test_a_limit_reads_batches_spread_over_the_split():
     """Two of the batches are the first and the last one, the last with fewer tokens and no less weight for each."""
     config, mesh = on_mesh(tiny(train__batch_size=4))

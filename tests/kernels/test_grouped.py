@@ -1,11 +1,15 @@
-"""The blocks backend against the dense oracle, forward and backward, whatever the groups."""
+"""Every backend against the dense oracle, forward and backward, whatever the groups; a GPU's kernels too where there is one."""
+
+import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.kernels import BACKENDS
+from mixtral_jax.config import UserError
+from mixtral_jax.kernels import BACKENDS, chunks
 
 M, D, F, E = 50, 16, 24, 4
 GROUPS = {
@@ -24,28 +28,125 @@ def inputs(dtype=jnp.float32):
     return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
 
 
-def run(backend, groups, block, dtype=jnp.float32):
-    x, w_gate, w_up, w_down, dy = inputs(dtype)
-    sizes = jnp.asarray(groups, jnp.int32)
+@functools.cache
+def program(backend, block):
+    """Compiled once for all groups: the kernel and its gradients."""
 
     @jax.jit
-    def both(x, w_gate, w_up, w_down):
+    def both(x, w_gate, w_up, w_down, dy, sizes):
         y, pull = jax.vjp(lambda *a: BACKENDS[backend](*a, sizes, block), x, w_gate, w_up, w_down)
         return [y, *pull(dy)]
 
-    return both(x, w_gate, w_up, w_down)
+    return both
+
+
+def run(backend, groups, block, dtype=jnp.float32):
+    return program(backend, block)(*inputs(dtype), jnp.asarray(groups, jnp.int32))
+
+
+def assert_same(got, want):
+    for name, a, b in zip(["y", "dx", "dw_gate", "dw_up", "dw_down"], got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, np.abs(b).max()), rtol=0, err_msg=name)
 
 
 @pytest.mark.parametrize("block", [1, 8, 64])
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS.keys())
 def test_blocks_equal_dense(groups, block):
-    for name, got, want in zip(
-        ["y", "dx", "dw_gate", "dw_up", "dw_down"],
-        run("blocks", groups, block),
-        run("dense", groups, block),
-        strict=True,
-    ):
-        np.testing.assert_allclose(got, want, atol=1e-5 * max(1.0, np.abs(want).max()), rtol=0, err_msg=name)
+    assert_same(run("blocks", groups, block), run("dense", groups, block))
+
+
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS.keys())
+def test_megablox_equals_dense(groups):
+    """The TPU's kernels, interpreted."""
+    assert_same(run("megablox", groups, 8), run("dense", groups, 8))
+
+
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS.keys())
+def test_tokamax_equals_dense(groups):
+    """On a CPU its XLA implementation stands in: what is tested is our side of the call."""
+    pytest.importorskip("tokamax", reason="optional: pip install -r requirements-gpu.txt")
+    assert_same(run("tokamax", groups, 8), run("dense", groups, 8))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tokamax") is not None, reason="tokamax is here")
+def test_tokamax_that_is_not_installed_is_explained():
+    with pytest.raises(UserError, match=r"requirements-gpu\.txt"):
+        run("tokamax", GROUPS["balanced"], 8)
+
+
+def poisoned_products():
+    """Grouped matmuls in plain jax that leave NaN in the rows after the last group, as a kernel may."""
+
+    def member(rows, sizes_e):
+        expert_M = jnp.searchsorted(jnp.cumsum(sizes_e), jnp.arange(rows), side="right")
+        return (expert_M[:, None] == jnp.arange(E)[None, :]).astype(jnp.float32)
+
+    def poison(y, sizes_e):
+        return jnp.where(jnp.arange(y.shape[0])[:, None] < sizes_e.sum(), y, jnp.nan)
+
+    return chunks.Products(
+        dot=lambda x, w, s: poison(jnp.einsum("MD,eDF,Me->MF", x, w, member(len(x), s)), s),
+        dot_transposed=lambda y, w, s: poison(jnp.einsum("MF,eDF,Me->MD", y, w, member(len(y), s)), s),
+        add_outer=lambda total, x, y, s: total + jnp.einsum("MD,MF,Me->eDF", x, y, member(len(x), s)),
+    )
+
+
+@functools.cache
+def chunked(chunk):
+    @jax.jit
+    def both(x, w_gate, w_up, w_down, dy, sizes):
+        y, pull = jax.vjp(lambda *a: chunks.swiglu(*a, sizes, chunk, poisoned_products()), x, w_gate, w_up, w_down)
+        return [y, *pull(dy)]
+
+    return both
+
+
+@pytest.mark.parametrize("chunk", [8, 64])
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS.keys())
+def test_chunks_equal_dense_whatever_a_kernel_leaves_behind(groups, chunk):
+    """Chunks of 8 rows cut the groups in many places; rows without an expert hold NaN on the way."""
+    got = chunked(chunk)(*inputs(), jnp.asarray(groups, jnp.int32))
+    assert_same(got, run("dense", groups, 8))
+
+
+def test_a_chunk_without_rows_is_not_run():
+    """The count is dynamic: with 5 rows of 50 the products are called for one chunk of 8."""
+    calls = []
+    count = chunks.Products(
+        dot=lambda x, w, s: (jax.debug.callback(lambda: calls.append(1)), poisoned_products().dot(x, w, s))[1],
+        dot_transposed=poisoned_products().dot_transposed,
+        add_outer=poisoned_products().add_outer,
+    )
+    x, *weights, _ = inputs()
+    jax.jit(lambda s: chunks.swiglu(x, *weights, s, 8, count))(jnp.array([5, 0, 0, 0])).block_until_ready()
+    jax.effects_barrier()
+    assert len(calls) == 3, "gate, up and down of one chunk"
+
+
+def test_megablox_in_several_chunks_equals_dense():
+    """300 rows are three chunks of 128; a group lies across their borders."""
+    rng = np.random.default_rng(0)
+    shapes = [(300, D), (E, D, F), (E, D, F), (E, F, D), (300, D)]
+    arrays = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+    sizes = jnp.array([100, 0, 150, 20], jnp.int32)
+    assert chunks.chunk_rows(300, 8) == 128
+    assert_same(program("megablox", 8)(*arrays, sizes), program("dense", 8)(*arrays, sizes))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("groups", [[200, 56, 0, 256], [0, 512, 0, 0], [100, 20, 0, 7]], ids=str)
+def test_tokamax_on_a_gpu_equals_dense(groups, dtype):
+    """The GPU's own kernels at D 512, F 1024; bf16 and tf32 both leave errors of about 2^-8 of the scale."""
+    pytest.importorskip("tokamax", reason="optional: pip install -r requirements-gpu.txt")
+    d, f = 512, 1024
+    rng = np.random.default_rng(0)
+    shapes = [(512, d), (4, d, f), (4, d, f), (4, f, d), (512, d)]
+    arrays = [jnp.asarray(0.05 * rng.standard_normal(s), jnp.float32) for s in shapes]
+    want = program("dense", 128)(*arrays, jnp.asarray(groups, jnp.int32))
+    got = program("tokamax", 128)(*(a.astype(dtype) for a in arrays), jnp.asarray(groups, jnp.int32))
+    for a, b in zip(got, want, strict=True):
+        assert float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b)) < 0.02
 
 
 def test_dense_equals_a_loop_over_rows():
@@ -60,16 +161,18 @@ def test_dense_equals_a_loop_over_rows():
     np.testing.assert_allclose(run("dense", groups, 8)[0], want, atol=1e-4 * np.abs(want).max())
 
 
-def test_rows_after_the_last_group_are_exactly_zero():
-    y, dx, *_ = run("blocks", GROUPS["rows_left_over"], 8)
+@pytest.mark.parametrize("backend", ["blocks", "megablox"])
+def test_rows_after_the_last_group_are_exactly_zero(backend):
+    y, dx, *_ = run(backend, GROUPS["rows_left_over"], 8)
     assert not np.asarray(y[17:]).any()
     assert not np.asarray(dx[17:]).any()
 
 
-def test_bfloat16_stays_within_its_own_rounding():
+@pytest.mark.parametrize("backend", ["blocks", "megablox"])
+def test_bfloat16_stays_within_its_own_rounding(backend):
     """bf16 has 8 bits: a result may be off by a few of its steps (2^-8) of the scale."""
     exact = run("dense", GROUPS["balanced"], 8)
-    for got, want in zip(run("blocks", GROUPS["balanced"], 8, jnp.bfloat16), exact, strict=True):
+    for got, want in zip(run(backend, GROUPS["balanced"], 8, jnp.bfloat16), exact, strict=True):
         assert got.dtype == jnp.bfloat16
         error = np.linalg.norm(np.asarray(got, np.float32) - want) / np.linalg.norm(want)
         assert error < 0.02

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.models.attention import attend, visible
+from mixtral_jax.models.attention import Places
+from mixtral_jax.models.attention.plain import attend
 from mixtral_jax.models.layers import apply_rope, rms_norm, rope_table
 
 B, T, N, G, H = 2, 11, 6, 2, 4
@@ -15,15 +16,15 @@ def rows():
     """Two documents and padding in row 0, one document in row 1."""
     segments = np.array([[1] * 4 + [2] * 5 + [0] * 2, [1] * 11])
     positions = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 0], list(range(11))])
-    return jnp.asarray(segments), jnp.asarray(positions)
+    return Places(jnp.asarray(segments), jnp.asarray(positions), jnp.arange(T))
 
 
 @pytest.mark.parametrize("window", [0, 1, 3])
 def test_attend_equals_a_loop_over_queries(window):
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((B, T, heads, H)) for heads in (N, G, G))
-    segments, positions = (np.asarray(a) for a in rows())
-    got = attend(*(jnp.asarray(a, jnp.float32) for a in (q, k, v)), visible(*rows(), window))
+    segments, positions = (np.asarray(a) for a in rows()[:2])
+    got = attend(*(jnp.asarray(a, jnp.float32) for a in (q, k, v)), rows(), rows(), window)
     for b in range(B):
         for t in range(T):
             if segments[b, t] == 0:
@@ -42,9 +43,10 @@ def test_attend_equals_a_loop_over_queries(window):
 
 
 def test_padding_queries_are_finite():
-    segments = jnp.zeros((1, 4), jnp.int32)
+    zeros = jnp.zeros((1, 4), jnp.int32)
+    places = Places(jnp.arange(4)[None] % 2, zeros, jnp.arange(4))
     q = jnp.ones((1, 4, 2, 4))
-    out = attend(q, q, q, visible(segments + jnp.arange(4)[None] % 2, segments, 0))
+    out = attend(q, q, q, places, places, 0)
     assert np.isfinite(out).all()
 
 
