@@ -3,7 +3,8 @@
 python -m benchmarks.attention [--lengths=1024,...,32768] [--limit_gib=12]
 
 One row, float32, N 4, G 1, H 64, packed documents of 4,096 tokens or one document. Each case runs in a process of its own,
-so that its peak memory (VmHWM, less that of the process before the case) is its own. A case whose scores alone would pass
+so that its peak memory (VmHWM, less that of the process once all is compiled) is its own; of small cases a part hides
+under what the compiler took. A case whose scores alone would pass
 the limit is not run.
 """
 
