@@ -437,9 +437,9 @@ def resolve_mesh(config: Config, num_devices: int) -> Config:
 def _resolve_context(config: Config, context: int) -> None:
     """Checks the length of rows against mesh.context and the attention that is chosen by name."""
     model, train = config.model, config.train
-    pieces, of = (2 * context, "2 * mesh.context") if context > 1 else (1, "1")
-    if model.attention == "splash":
-        pieces, of = SPLASH_BLOCK * pieces, f"{SPLASH_BLOCK} * {of}"
+    block = SPLASH_BLOCK if model.attention == "splash" else 1
+    pieces = block * (2 * context if context > 1 else 1)
+    of = " * ".join([str(block)] * (block > 1) + ["2", "mesh.context"] * (context > 1))
     if train.seq_len % pieces:
         down, up = train.seq_len // pieces * pieces, -(-train.seq_len // pieces) * pieces
         raise UserError(

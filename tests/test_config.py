@@ -77,6 +77,12 @@ def test_mistakes_are_explained(key, value, words):
         assert word in str(error.value)
 
 
+def test_attention_that_does_not_fit_the_model_is_refused():
+    for name, words in (("cudnn", r"model\.dtype=float32.*bfloat16"), ("splash", r"head_dim=8; .*128 wide")):
+        with pytest.raises(UserError, match=words):
+            tiny(model__attention=name)
+
+
 def test_a_missing_key_is_named():
     plain = base().to_dict()
     del plain["optim"]["eps"]

@@ -140,6 +140,8 @@ class Mixtral(nnx.Module):
             positions_BT: int32 position of each token in its own document.
             segment_ids_BT: int32 document of each token in its row; 0 is padding.
 
+        On a mesh with `context` the columns of all are in the order of sharding.zigzag, as sharding.place puts them.
+
         Returns:
             x_BTD after the final norm, in config.dtype; RouterStats with a leading L.
         """
