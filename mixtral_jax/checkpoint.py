@@ -23,12 +23,14 @@ import orbax.checkpoint as ocp
 from mixtral_jax import distributed
 from mixtral_jax.config import RunError, UserError
 from mixtral_jax.fingerprint import fingerprints
+from mixtral_jax.mirror import folder, is_remote
 from mixtral_jax.sharding import named_leaves
 
 # The largest piece in which an array is stored. Orbax's default is a device's whole shard, so that whoever wants one
 # layer (an export, another mesh) would have to read and unpack all of it.
 CHUNK_BYTES = 64 * 2**20
 # Parts of names of folders that are no checkpoint: of Orbax, still being written; of ours, being removed.
+COMMITTED = "commit_success.txt"  # Orbax's mark of a whole checkpoint on an object store, where nothing can be renamed
 UNFINISHED, REMOVED = "orbax-checkpoint-tmp", ".removed"
 FILE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOENT)
 EXPERT_WEIGHTS = ("w_gate_EDF", "w_up_EDF", "w_down_EFD")
@@ -82,7 +84,7 @@ class Checkpoints:
             keep_every: those of a multiple of so many steps stay too; 0 for none.
             keep_best: the one with the lowest "heldout_loss" in its metadata stays too.
         """
-        self.folder = Path(workdir).resolve() / "checkpoints"
+        self.folder = folder(workdir) / "checkpoints"
         self._keep, self._keep_every, self._keep_best = keep, keep_every, keep_best
         self._pending: int | None = None  # the step whose save is in flight
         self._failed = False  # some save
@@ -121,10 +123,12 @@ class Checkpoints:
         return distributed.decided("clean", self._clean)
 
     def _clean(self) -> list[str]:
-        found = [path for path in self.folder.iterdir() if path.is_dir() and not path.name.isdigit()]
-        found = [path for path in found if UNFINISHED in path.name or path.name.endswith(REMOVED)]
+        found = [path for path in self.folder.iterdir() if path.is_dir() and not _is_whole(path)]
+        found = [
+            path for path in found if path.name.isdigit() or UNFINISHED in path.name or path.name.endswith(REMOVED)
+        ]
         for path in found:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove_tree(path)
         return sorted(path.name for path in found)
 
     def save(self, step: int, params, opt_state, meta: dict[str, Any], data: dict[str, Any] | None = None) -> None:
@@ -234,6 +238,11 @@ class Checkpoints:
         kept.add(best)
         for step in steps:
             if step in kept:
+                continue
+            if is_remote(self.folder):
+                with contextlib.suppress(Exception):
+                    (self.folder / str(step) / COMMITTED).unlink()  # what is left is not whole, so it is no checkpoint
+                    _remove_tree(self.folder / str(step))
                 continue
             doomed = self.folder / f"{step}{REMOVED}"
             with contextlib.suppress(OSError):  # a folder that cannot be removed costs space and nothing else
@@ -385,7 +394,19 @@ def steps_in(folder: Path) -> list[int]:
     """The steps that have a finished checkpoint in a folder, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and path.is_dir())
+    return sorted(int(path.name) for path in folder.iterdir() if path.is_dir() and _is_whole(path))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a folder is a finished checkpoint: its name says so, where Orbax renames; on an object store a mark in it."""
+    return path.name.isdigit() and (not is_remote(path) or (path / COMMITTED).exists())
+
+
+def _remove_tree(path: Path) -> None:
+    if is_remote(path):
+        path.rmtree(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def sealed(meta: dict[str, Any]) -> dict[str, Any]:
@@ -412,6 +433,8 @@ def _first_line(error: Exception) -> str:
 
 def _room(folder: Path) -> str:
     """Says how full the disk is, where that can be told."""
+    if is_remote(folder):
+        return ""
     try:
         usage = shutil.disk_usage(folder)
     except OSError as error:

@@ -30,6 +30,7 @@ def draw_report(run: Run) -> None:
         report.write_report(run.workdir / "metrics.jsonl", run.workdir / "report.png", run.workdir.name)
     except OSError as error:
         run.progress.note(f"WARNING: {run.workdir / 'report.png'} could not be written: {error}")
+    run.publish()
 
 
 def draw_sample(run: Run, step: int) -> None:
@@ -67,6 +68,7 @@ def save(run: Run, step: int, data_state: dict, heldout_loss: float | None = Non
             (run.workdir / "tensorboard").mkdir(exist_ok=True)
             store(run.workdir, run.config, run.tokenizer)
             run.write("session", step, session_line(0.0))
+    run.publish()  # before the checkpoint is there, so that its metrics are never missing
     watch_saves(run, run.checkpoints.finish)  # of the one before: its failure must not keep this one from starting
     watch_saves(run, lambda: run.checkpoints.save(step, run.state.params, run.state.opt_state, meta, data_state))
 

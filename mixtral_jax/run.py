@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 
-from mixtral_jax import distributed, metrics
+from mixtral_jax import distributed, metrics, mirror
 from mixtral_jax.checkpoint import Checkpoints, SaveError
-from mixtral_jax.config import Config, UserError
+from mixtral_jax.config import Config, RunError, UserError
 from mixtral_jax.data import Corpus, load_tokenizer, open_corpus
 from mixtral_jax.jsonl import first_start
 from mixtral_jax.models import mixtral
@@ -38,6 +38,7 @@ class Run:
     tokenizer: Any
     corpus: Corpus
     batches: Any
+    public: str | Path | None  # the workdir as the user named it
     rows: tuple[int, int]  # of each global batch, those that this process reads: start and stop
     data_state: dict | None  # of the checkpoint it resumed from
     state: TrainState
@@ -54,12 +55,28 @@ class Run:
     goodput: Goodput
     seconds: Counter = dataclasses.field(default_factory=Counter)  # of the breakdown, since the last train line
     steps_since_line: int = 0
+    copied: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)  # see mirror.push
     save_error: SaveError | None = None  # of the latest save
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Writes a line of metrics, on process 0; see MetricsWriter.write."""
         if self.writer is not None:
             self.writer.write(kind, step, values)
+
+    def publish(self) -> None:
+        """Copies what changed to a workdir on an object store, on process 0.
+
+        Raises:
+            RunError: the store does not take it, and train.continue_on_save_error is off.
+        """
+        if self.writer is None or self.public is None or not mirror.is_remote(self.public):
+            return
+        try:
+            mirror.push(self.workdir, self.public, self.copied)
+        except RunError as error:
+            if not self.config.train.continue_on_save_error:
+                raise
+            self.progress.note(f"WARNING: {error}. Training goes on (train.continue_on_save_error).")
 
     def close(self) -> None:
         """Ends what runs in the background.
@@ -71,18 +88,30 @@ class Run:
         try:
             if self.writer is not None:
                 self.writer.close()
+            self.publish()
         finally:
             self.checkpoints.close()
 
 
-def start(config: Config, workdir: Path, make_heldout: Callable) -> Run:
+def start(config: Config, workdir: Path, make_heldout: Callable, public: str | Path | None = None) -> Run:
     """Builds a run from a configuration whose mesh is resolved, restores its state if there is one, prints the header.
+
+    Args:
+        config: of the run.
+        workdir: a local folder, see held_by_all.
+        make_heldout: see trainer.fit.
+        public: the workdir as the user named it, where it is on an object store; default: `workdir`.
 
     Raises:
         UserError: the tokenizer, the data, the checkpoint or train.init_from does not fit the configuration.
         RunError: there are checkpoints and all of them are damaged.
     """
     train = config.train
+    if mirror.is_remote(config.data.cache_dir):
+        raise UserError(
+            f"data.cache_dir={config.data.cache_dir} is on an object store, and the token cache is mapped into memory; "
+            "give a folder of a local or network file system"
+        )
     breakdown = Breakdown()
     begin = time.time()
     if distributed.speaks():
@@ -100,7 +129,7 @@ def start(config: Config, workdir: Path, make_heldout: Callable) -> Run:
     stage = STAGES[train.stage]
     optimizer = make_optimizer(config.optim, train.steps)
     checkpoints = Checkpoints(
-        workdir, train.checkpoints_to_keep, keep_every=train.checkpoint_keep_every, keep_best=train.keep_best
+        public or workdir, train.checkpoints_to_keep, keep_every=train.checkpoint_keep_every, keep_best=train.keep_best
     )
     notes = [f"removed {name}, which was not finished" for name in checkpoints.clean()]
     mine = identity(config, tokenizer, corpus)
@@ -133,6 +162,7 @@ def start(config: Config, workdir: Path, make_heldout: Callable) -> Run:
         tokenizer=tokenizer,
         corpus=corpus,
         batches=stage.batches(config, corpus, tokenizer),
+        public=public,
         rows=distributed.rows_here(mesh, train.batch_size),
         data_state=found.data,
         state=found.state,

@@ -43,7 +43,7 @@ def fit(
 
     Args:
         config: validated; its mesh is resolved against the devices here.
-        workdir: gets checkpoints/, config.json, tokenizer/, metrics.jsonl, report.png.
+        workdir: gets checkpoints/, config.json, tokenizer/, metrics.jsonl, report.png; may be on an object store (mirror.py).
         make_heldout: (config, held-out TokenFile) -> callable (params, limit) -> {"loss", "bits_per_byte", ...}.
         baselines: (config, corpus) -> scores to compare with at the end.
         profile: trace the steps from the first to the one before the second, counted from 1.
@@ -58,14 +58,16 @@ def fit(
         InterruptedRun: SIGTERM or SIGINT; what was trained is saved.
     """
     config = resolve_mesh(config, jax.device_count())
-    workdir = Path(workdir)
     distributed.same(_flat(config), "start all with the same command")
-    with held_by_all(workdir), Interrupt("run the same command again to go on", watch.ask_to_stop) as interrupt:
+    with (
+        held_by_all(workdir) as local,
+        Interrupt("run the same command again to go on", watch.ask_to_stop) as interrupt,
+    ):
         with _memory_explained(config), _files_explained():
-            run = start(config, workdir, make_heldout)
+            run = start(config, local, make_heldout, workdir)
         try:
             with jax.set_mesh(run.mesh), _memory_explained(config):
-                profiler = Profiler(workdir, *(profile or (0, 0)))
+                profiler = Profiler(local, *(profile or (0, 0)))
                 try:
                     values = _train(run, interrupt, profiler)
                 finally:

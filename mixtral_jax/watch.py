@@ -48,6 +48,7 @@ class Watch:
         self._boundary = threading.Lock()  # held while the processes agree on the step at which to stop
         self._step, self._stop_at, self._asked = 0, None, False
         self._seen: dict[int, tuple[str | None, float]] = {}  # process 0: the latest sign of life, and when it was new
+        self.dead = 0  # process 0: how many it has given up
         self._since: float | None = None  # process 0: when the first suspicion was heard
         self.number: int | None = None  # of the signal that stops the run, wherever it came
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -131,6 +132,7 @@ class Watch:
         limit = max(SILENT_SECONDS, 4 * self._tick)
         silent = sorted((heard, i) for i, (_, heard) in self._seen.items() if now - heard > limit)
         if silent:
+            self.dead = len(silent)
             others = f", and after it {', '.join(str(i) for _, i in silent[1:9])}" if silent[1:] else ""
             text = f"process {silent[0][1]} died without a word{others} (killed, out of memory, or its host is lost)"
             self.claim(silent[0][1], text, 1)
@@ -288,7 +290,7 @@ def leave(text: str, status: int) -> None:
         client, count = distributed.client(), distributed.process_count()
         client.key_value_set(f"{LEFT}{distributed.process_id()}", "", True)
         end = time.monotonic() + (LINGER_SECONDS if distributed.speaks() else 0)
-        while time.monotonic() < end and len(client.key_value_dir_get(LEFT)) < count:
+        while time.monotonic() < end and len(client.key_value_dir_get(LEFT)) < count - _watch.dead:
             time.sleep(0.1)
     os._exit(status)
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from mixtral_jax import distributed
+from mixtral_jax import distributed, mirror
 from mixtral_jax.config import UserError
 
 LOCK = "lock"
@@ -55,17 +55,28 @@ def held(workdir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def held_by_all(workdir: Path) -> Iterator[None]:
+def held_by_all(workdir: str | Path) -> Iterator[Path]:
     """As `held`, for all processes together: process 0 holds the folder, and the others check that they see it.
+
+    Of an object store, which has no locks, process 0 holds the local side, so that another host's run is not noticed.
+
+    Yields:
+        the folder, or its local side.
 
     Raises:
         UserError: also where a process does not see what process 0 wrote.
     """
-    with held(workdir) if distributed.speaks() else contextlib.nullcontext():
-        if distributed.together():
+    local = mirror.local_side(workdir)
+    with held(local) if distributed.speaks() else contextlib.nullcontext():
+        if mirror.is_remote(workdir):
+            if distributed.speaks():
+                mirror.pull(workdir, local)
+            distributed.barrier("pulled")
+        elif distributed.together():
+            workdir = local
             told = distributed.exchange("held", (workdir / LOCK).read_text() if distributed.speaks() else "")[0]
             distributed.visible(workdir / LOCK, told, f"--workdir={workdir}")
-        yield
+        yield local
 
 
 def store_run(workdir: Path, config: dict) -> None:

@@ -11,6 +11,7 @@ LAYERS = [
     {"fingerprint", "checkpoint", "workdir", "metrics", "progress", "jsonl", "load", "resolve", "generate", "convert"}
     | {
         "clusters",
+        "mirror",
         "distributed",
         "last_words",
         "watch",

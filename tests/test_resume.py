@@ -69,13 +69,13 @@ def spoil(monkeypatch, *steps):
     """Makes the losses of these steps infinite: what a bad document does."""
     place, seen = trainer.place, []
 
-    def placed(batch, mesh):
+    def placed(batch, mesh, *rows):
         seen.append(1)
         if len(seen) in steps:
             batch = batch | {
                 "loss_weights_BT": np.where(batch["segment_ids_BT"] > 0, np.float32(np.inf), np.float32(0))
             }
-        return place(batch, mesh)
+        return place(batch, mesh, *rows)
 
     monkeypatch.setattr(trainer, "place", placed)
 

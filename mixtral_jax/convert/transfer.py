@@ -6,6 +6,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from mixtral_jax.distributed import speaks
 from mixtral_jax.progress import duration, is_screen
 
 SECONDS = 10.0  # between the lines of a log
@@ -19,7 +20,7 @@ class Transfer:
         self._stream = sys.stderr if stream is None else stream
         self._start = self._last = time.perf_counter()
         self._bar = None
-        if is_screen(self._stream):
+        if is_screen(self._stream) and speaks():
             self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=title, file=self._stream, dynamic_ncols=True)
 
     def __enter__(self) -> "Transfer":
@@ -42,6 +43,8 @@ class Transfer:
 
     def _line(self, now: float) -> None:
         self._last = now
+        if not speaks():  # of several processes that load, one tells
+            return
         seconds = now - self._start
         left = (self._total - self._done) * seconds / self._done if self._done else float("inf")
         rate = self._done / max(seconds, 1e-9) / 1e6

@@ -1,0 +1,87 @@
+"""Workdirs on object stores: a local side for what is appended and drawn, copied up when there is something to show.
+
+An object cannot be appended to, locked or renamed. So metrics, the picture, the configuration and the tokenizer live in a
+local folder and are copied to the workdir after each evaluation and checkpoint and at the end; checkpoints are
+written there directly, by Orbax. What a crash keeps from being copied is the metrics since the last checkpoint, from
+which the run goes on, so that it writes them again.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+from etils import epath
+
+from mixtral_jax.config import RunError, UserError
+
+ROOT = "~/.cache/mixtral_jax/workdirs"
+FILES = ("config.json", "metrics.jsonl", "wandb.json", "report.png", "tokenizer/*", "tensorboard/*")
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path is that of an object store, such as gs://bucket/run, and not of a file system that is mounted."""
+    return "://" in os.fspath(path)
+
+
+def folder(path: str | os.PathLike) -> Path | epath.Path:
+    """A path that can be looked into, wherever it is: an epath.Path of an object store, else an absolute Path."""
+    return epath.Path(path) if is_remote(path) else Path(path).resolve()
+
+
+def local_side(workdir: str | os.PathLike, root: str = ROOT) -> Path:
+    """The local folder of a workdir: its own if it is local."""
+    if not is_remote(workdir):
+        return Path(workdir)
+    text = os.fspath(workdir).rstrip("/")
+    return Path(root).expanduser() / f"{text.rpartition('/')[2]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def pull(workdir: str | os.PathLike, local: Path) -> None:
+    """Makes the local side what the workdir holds; what else lies there is of a run that was never copied up.
+
+    Raises:
+        UserError: the object store cannot be reached.
+    """
+    for path in _files(local):
+        path.unlink()
+    try:
+        remote = epath.Path(workdir)
+        for path in _files(remote):
+            target = local / path.relative_to(remote)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    except Exception as error:  # each store's library has errors of its own
+        raise UserError(f"--workdir={workdir} cannot be read: {error}") from error
+
+
+def push(local: Path, workdir: str | os.PathLike, copied: dict[str, tuple[int, int]]) -> None:
+    """Copies up what has changed.
+
+    Args:
+        local, workdir: from where to where.
+        copied: size and time of change (ns) of each file as it was copied last; brought up to date.
+
+    Raises:
+        RunError: the object store does not take it.
+    """
+    for path in _files(local):
+        name, stat = str(path.relative_to(local)), path.stat()
+        if copied.get(name) == (stat.st_size, stat.st_mtime_ns):
+            continue
+        try:
+            target = epath.Path(workdir) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+        except Exception as error:
+            raise RunError(f"{workdir}/{name} cannot be written: {error}") from error
+        copied[name] = (stat.st_size, stat.st_mtime_ns)
+
+
+def _files(root: Path | epath.Path) -> list:
+    found = []
+    for pattern in FILES:
+        head, _, tail = pattern.rpartition("/")
+        place = root / head if head else root
+        names = sorted(place.iterdir()) if tail == "*" and place.is_dir() else [place / tail] if tail != "*" else []
+        found += [path for path in names if path.is_file()]
+    return found
