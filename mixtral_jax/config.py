@@ -333,6 +333,11 @@ def _validate_model(config: Config) -> None:
         f"model.experts_per_token={model.experts_per_token} exceeds model.num_experts={model.num_experts}; lower the first or raise the second",
     )
     _require(
+        model.buffer_factor == 0 or model.dispatch != "ring",
+        f"model.buffer_factor={model.buffer_factor} with model.dispatch=ring, which has no such buffer and drops nothing; set the "
+        "factor to 0, or model.dispatch=ragged",
+    )
+    _require(
         model.attention != "cudnn" or model.dtype == "bfloat16",
         f"model.attention=cudnn with model.dtype={model.dtype}; cuDNN has no float32, set model.dtype=bfloat16 or model.attention=chunked",
     )

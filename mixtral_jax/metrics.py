@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mixtral_jax import backends
 from mixtral_jax.config import Config, LossConfig, ModelConfig, OptimConfig
 
 # Dense bf16 matmul peak of one chip, FLOP/s, from the makers' data sheets (cloud.google.com/tpu/docs; NVIDIA's sheets
@@ -240,7 +241,7 @@ def header(
         device_kind, num_devices: the hardware.
         peak: FLOP/s of all devices together, and peak_source: where that figure comes from (see mesh_peak_flops).
     """
-    model, loss, optim, train = config.model, config.loss, config.optim, config.train
+    model, loss, optim, train = backends.resolve(config.model), config.loss, config.optim, config.train
     step_tokens = train.batch_size * train.seq_len
     tokens = train.steps * step_tokens
     epochs = f" = {tokens / num_train_tokens:.3g} epochs of {human(num_train_tokens)}" if num_train_tokens else ""
@@ -252,7 +253,10 @@ def header(
         "shape": f"{model.num_layers} layers, D {model.d_model}, heads {model.num_heads} / {model.num_kv_heads} kv of {model.head_dim}, F {model.d_ff}, V {model.vocab_size}"
         + (f", sliding window {model.sliding_window}" if model.sliding_window else ""),
         "experts": f"{model.num_experts}, top {model.experts_per_token}, backend {model.expert_backend}"
-        + (f" (blocks of {model.expert_block} rows)" if model.expert_backend == "blocks" else ""),
+        + (f" (blocks of {model.expert_block} rows)" if model.expert_backend == "blocks" else "")
+        + (f", dispatch {model.dispatch}" if mesh_shape.get("expert", 1) > 1 else "")
+        + (f", at most {model.buffer_factor:g} times the even share a device" if model.buffer_factor else ""),
+        "attention": model.attention,
         "batch": f"{train.batch_size} x {train.seq_len} = {step_tokens:,} tokens per step"
         + (f" in {train.accumulation_steps} micro-batches" if train.accumulation_steps > 1 else ""),
         "length": f"{train.steps:,} steps = {human(tokens)} tokens{epochs}",

@@ -45,6 +45,7 @@ MISTAKES = [
     ("model.d_model", 512.0, ["model.d_model", "512.0", "int"]),
     ("model.router_bias", 1, ["model.router_bias", "bool"]),
     ("model.remat", "some", ["model.remat", "some", "outputs"]),
+    ("model.attention", "flash", ["model.attention", "flash", "chunked"]),
     ("model.num_heads", 30, ["30", "num_kv_heads=8", "24 or 32"]),
     ("model.experts_per_token", 9, ["9", "num_experts=8"]),
     ("model.head_dim", 127, ["127", "even"]),

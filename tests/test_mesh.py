@@ -74,9 +74,6 @@ GRID = [
     for case in itertools.product(("blocks", "dense"), ("ragged", "ring"), (1, 2, 4, 8), (1, 2), (1, 2), (1, 2))
     if np.prod(case[2:]) <= 8
 ]
-# mesh.context is refused until attention over it is built; then False here, and these combinations run too.
-CONTEXT_IS_MISSING = True
-CONTEXT = [case for case in GRID if case[5] > 1]
 
 
 def covering(cases):
@@ -93,11 +90,9 @@ def covering(cases):
 
 
 def grid_parameters():
-    default = covering([case for case in GRID if case not in CONTEXT]) + covering(CONTEXT)
+    default = covering(GRID)
     for case in GRID:
         marks = [] if case in default else [pytest.mark.slow]
-        if case in CONTEXT and CONTEXT_IS_MISSING:
-            marks.append(pytest.mark.skip(reason="mesh.context is not built yet"))
         yield pytest.param(*case, marks=marks, id="{}-{}-expert{}-fsdp{}-tensor{}-context{}".format(*case))
 
 
