@@ -75,17 +75,27 @@ class Checkpoints:
     A folder named STEP is whole: Orbax writes it aside and renames it, and what is removed is renamed before it is.
     """
 
-    def __init__(self, workdir: str | Path, keep: int = 1, *, keep_every: int = 0, keep_best: bool = False):
+    def __init__(
+        self,
+        workdir: str | Path,
+        keep: int = 1,
+        *,
+        keep_every: int = 0,
+        keep_best: bool = False,
+        keep_going: bool = False,
+    ):
         """Opens (or creates) the folder.
 
         Args:
             workdir: the folder of the run.
             keep: how many of the latest checkpoints stay.
             keep_every: those of a multiple of so many steps stay too; 0 for none.
+            keep_going: a failed save does not end the run; matters to several processes only.
             keep_best: the one with the lowest "heldout_loss" in its metadata stays too.
         """
         self.folder = folder(workdir) / "checkpoints"
         self._keep, self._keep_every, self._keep_best = keep, keep_every, keep_best
+        self._keep_going = keep_going
         self._pending: int | None = None  # the step whose save is in flight
         self._failed = False  # some save
         self._removing: list[threading.Thread] = []
@@ -120,7 +130,10 @@ class Checkpoints:
 
         Only the process that holds the workdir does so; all call it.
         """
-        return distributed.decided("clean", self._clean)
+        found = distributed.decided("clean", self._clean)
+        if found:
+            self._manager.reload()  # it may have taken one of them for a checkpoint
+        return found
 
     def _clean(self) -> list[str]:
         found = [path for path in self.folder.iterdir() if path.is_dir() and not _is_whole(path)]
@@ -206,6 +219,10 @@ class Checkpoints:
             act()
         except Exception as raised:
             error = raised
+        if error is not None and distributed.together() and not self._keep_going:
+            self._told(
+                self._pending, _first_line(error), error
+            )  # the others wait inside Orbax; the run's end ends them
         told = distributed.exchange(name, "" if error is None else _first_line(error))
         failed = [(i, text) for i, text in enumerate(told) if text]
         if not failed:

@@ -78,8 +78,11 @@ class Run:
                 raise
             self.progress.note(f"WARNING: {error}. Training goes on (train.continue_on_save_error).")
 
-    def close(self) -> None:
+    def close(self, saves: bool = True) -> None:
         """Ends what runs in the background.
+
+        Args:
+            saves: wait for the save in flight, with all other processes. False: only this one ends here.
 
         Raises:
             SaveError: the save in flight failed.
@@ -90,7 +93,8 @@ class Run:
                 self.writer.close()
             self.publish()
         finally:
-            self.checkpoints.close()
+            if saves:
+                self.checkpoints.close()
 
 
 def start(config: Config, workdir: Path, make_heldout: Callable, public: str | Path | None = None) -> Run:
@@ -129,7 +133,11 @@ def start(config: Config, workdir: Path, make_heldout: Callable, public: str | P
     stage = STAGES[train.stage]
     optimizer = make_optimizer(config.optim, train.steps)
     checkpoints = Checkpoints(
-        public or workdir, train.checkpoints_to_keep, keep_every=train.checkpoint_keep_every, keep_best=train.keep_best
+        public or workdir,
+        train.checkpoints_to_keep,
+        keep_every=train.checkpoint_keep_every,
+        keep_best=train.keep_best,
+        keep_going=train.continue_on_save_error,
     )
     notes = [f"removed {name}, which was not finished" for name in checkpoints.clean()]
     mine = identity(config, tokenizer, corpus)

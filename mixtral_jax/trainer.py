@@ -78,7 +78,7 @@ def fit(
                 final = {} if finished else interlude.finish(run, baselines, values)
         except BaseException:
             with contextlib.suppress(SaveError):  # the first error is the one to tell
-                run.close()
+                run.close(saves=not distributed.together())  # the others may be anywhere
             raise
         run.close()
     if not final and distributed.speaks():
