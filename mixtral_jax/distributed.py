@@ -14,11 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
-import numpy as np
-from jax.experimental import mesh_utils
 
 from mixtral_jax import clusters, last_words
-from mixtral_jax.config import AXES, RunError, UserError
+from mixtral_jax.config import RunError, UserError
 from mixtral_jax.sharding import batch_sharding
 
 WAIT_SECONDS = 300  # for the others, at the start
@@ -213,32 +211,6 @@ def rows_here(mesh, n_rows: int) -> tuple[int, int]:
     held = batch_sharding(mesh).addressable_devices_indices_map((n_rows, mesh.shape["context"])).values()
     spans = [index[0].indices(n_rows) for index in held]
     return min(span[0] for span in spans), max(span[1] for span in spans)
-
-
-def mesh_devices(shape: tuple[int, ...], devices) -> np.ndarray:
-    """Orders devices for the mesh: slices of a multi-slice TPU job along `data`, neighbours near each other inside.
-
-    Only `data` crosses the data centre's network then, once a step; the other axes talk in every layer.
-
-    Args:
-        shape: sizes in the order of config.AXES.
-        devices: of all processes.
-
-    Raises:
-        UserError: the slices do not divide `data`.
-    """
-    devices = list(devices)
-    slices = {getattr(device, "slice_index", 0) or 0 for device in devices}
-    if devices[0].platform != "tpu" or len(slices) == 1:  # on GPUs it counts hosts, which any axis may cross
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    at, count = AXES.index("data"), len(slices)
-    if shape[at] % count:
-        raise UserError(
-            f"mesh.data={shape[at]} and there are {count} slices; only data may cross slices: set mesh.data to a multiple of {count}"
-        )
-    inner, outer = list(shape), [1] * len(shape)
-    inner[at], outer[at] = shape[at] // count, count
-    return mesh_utils.create_hybrid_device_mesh(tuple(inner), tuple(outer), devices, allow_split_physical_axes=True)
 
 
 def visible(path: Path, content: str, name: str, seconds: float = 30.0) -> None:

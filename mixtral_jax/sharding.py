@@ -7,9 +7,10 @@ Parameters and activations have separate tables because D is split over `fsdp` i
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mixtral_jax.config import AXES, MeshConfig
+from mixtral_jax.config import AXES, MeshConfig, UserError
 
 BATCH = ("data", "fsdp", "expert")
 
@@ -40,6 +41,32 @@ ACT_AXES = {
 EXCEPTIONS = {"embedding_VD": (("tensor", "fsdp"), None)}
 
 
+def mesh_devices(shape: tuple[int, ...], devices) -> np.ndarray:
+    """Orders devices for the mesh: slices of a multi-slice TPU job along `data`, neighbours near each other inside.
+
+    Only `data` crosses the data centre's network then, once a step; the other axes talk in every layer.
+
+    Args:
+        shape: sizes in the order of config.AXES.
+        devices: of all processes.
+
+    Raises:
+        UserError: the slices do not divide `data`.
+    """
+    devices = list(devices)
+    slices = {getattr(device, "slice_index", 0) or 0 for device in devices}
+    if devices[0].platform != "tpu" or len(slices) == 1:  # on GPUs it counts hosts, which any axis may cross
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    at, count = AXES.index("data"), len(slices)
+    if shape[at] % count:
+        raise UserError(
+            f"mesh.data={shape[at]} and there are {count} slices; only data may cross slices: set mesh.data to a multiple of {count}"
+        )
+    inner, outer = list(shape), [1] * len(shape)
+    inner[at], outer[at] = shape[at] // count, count
+    return mesh_utils.create_hybrid_device_mesh(tuple(inner), tuple(outer), devices, allow_split_physical_axes=True)
+
+
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     """Builds the mesh with all five axes named, in the order `config.AXES`.
 
@@ -50,7 +77,7 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     shape = tuple(getattr(config, axis) for axis in AXES)
     types = (AxisType.Auto,) * len(AXES)
     if devices is None:
-        return jax.make_mesh(shape, AXES, axis_types=types)
+        return Mesh(mesh_devices(shape, jax.devices()), AXES, axis_types=types)
     return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=types)
 
 

@@ -80,6 +80,9 @@ def train(config: Config, mesh, batches: list[dict], stage: str = "pretrain"):
 
 def gradients(config, mesh, params, batch):
     """The pretraining loss, its terms and its gradients on a mesh, on the host: ((loss, (terms, stats)), grads)."""
+    assert params.config == config.model, (
+        "the parameters carry another configuration, and that is the one that would run"
+    )
 
     def loss_fn(params, batch):
         return STAGES["pretrain"].loss(params, batch, Totals.of(batch), config.loss)

@@ -15,7 +15,7 @@ import pytest
 
 from mixtral_jax import clusters, distributed, launch
 from mixtral_jax.config import AXES, RunError, UserError
-from mixtral_jax.sharding import place
+from mixtral_jax.sharding import mesh_devices, place
 from tests.helpers import on_mesh, random_batch, tiny
 
 ROOT = Path(__file__).parent.parent
@@ -110,7 +110,7 @@ def device(i: int, slice_index: int = 0, platform: str = "tpu"):
 def test_slices_lie_along_data():
     """16 devices in 4 slices, listed in a mixed order: each row of `data` is in one slice."""
     devices = [device(i, i % 4) for i in range(16)]
-    ordered = distributed.mesh_devices((8, 2, 1, 1, 1), devices)
+    ordered = mesh_devices((8, 2, 1, 1, 1), devices)
     assert ordered.shape == (8, 2, 1, 1, 1)
     for row in ordered.reshape(8, 2):
         assert len({each.slice_index for each in row}) == 1
@@ -120,12 +120,12 @@ def test_slices_lie_along_data():
 
 def test_axes_that_would_cross_slices_are_refused():
     with pytest.raises(UserError, match=r"mesh.data=2 and there are 4 slices.* to a multiple of 4"):
-        distributed.mesh_devices((2, 8, 1, 1, 1), [device(i, i % 4) for i in range(16)])
+        mesh_devices((2, 8, 1, 1, 1), [device(i, i % 4) for i in range(16)])
 
 
 def test_hosts_of_gpus_are_no_slices():
     devices = [device(i, i // 4, "gpu") for i in range(16)]
-    assert distributed.mesh_devices((1, 16, 1, 1, 1), devices).shape == (1, 16, 1, 1, 1)
+    assert mesh_devices((1, 16, 1, 1, 1), devices).shape == (1, 16, 1, 1, 1)
 
 
 @pytest.mark.parametrize(

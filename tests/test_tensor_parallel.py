@@ -4,11 +4,12 @@ import functools
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from mixtral_jax.losses import Totals
-from mixtral_jax.models import mixtral
-from mixtral_jax.sharding import place
+from mixtral_jax.models import mixtral, moe
+from mixtral_jax.sharding import act_spec, place
 from mixtral_jax.stages import STAGES
 from tests.helpers import on_mesh, random_batch, shard, tiny
 
@@ -53,3 +54,12 @@ def test_the_heads_gradient_is_reduced_once_and_not_with_every_chunk():
     assert not [line for line in reduced if "/while/" in line]
     collectives = [line for line in lines if re.search(r" (all-gather|all-to-all|collective-permute)\(", line)]
     assert len(collectives) == 2, "the head and the embedding are gathered over fsdp, the logits never"
+
+
+def test_the_routers_choice_gathers_nobody_elses_tokens():
+    config, mesh = on_mesh(tiny(), fsdp=2, expert=2, context=2)
+    shape = (config.train.batch_size, config.train.seq_len, config.model.num_experts)
+    with jax.set_mesh(mesh):
+        scores = jax.device_put(jnp.ones(shape), jax.NamedSharding(mesh, act_spec("BTE")))
+        text = jax.jit(lambda x_BTE: moe.top_k(x_BTE, 2)).lower(scores).compile().as_text()
+    assert "all-gather" not in text

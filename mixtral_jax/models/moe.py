@@ -33,6 +33,18 @@ class RouterStats(NamedTuple):
     tokens: jax.Array  # number of valid tokens
 
 
+def top_k(score_BTE, k: int):
+    """Indices of the k highest scores of each token, [B, T, K] int32, on any mesh.
+
+    In shard_map, because XLA's partitioner would gather the scores of all devices' tokens before it sorts.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return lax.top_k(score_BTE, k)[1]
+    local = jax.shard_map(lambda s: lax.top_k(s, k)[1], in_specs=act_spec("BTE"), out_specs=act_spec("BTK"))
+    return local(score_BTE)
+
+
 def route(logits_BTE, bias_E, valid_BT, k: int):
     """Chooses K experts per token and their gates.
 
@@ -52,7 +64,7 @@ def route(logits_BTE, bias_E, valid_BT, k: int):
     score_BTE = lax.stop_gradient(logits_BTE)
     if bias_E is not None:
         score_BTE = score_BTE + lax.stop_gradient(bias_E)[None, None, :]
-    _, index_BTK = lax.top_k(score_BTE, k)
+    index_BTK = top_k(score_BTE, k)
     # A masked sum instead of take_along_axis: its gradient is a masked broadcast, where a gather's would be a scatter.
     chosen_BTKE = index_BTK[..., None] == jnp.arange(e)[None, None, None, :]
     gates_BTK = jax.nn.softmax(jnp.where(chosen_BTKE, logits_BTE[:, :, None, :], 0).sum(-1), axis=-1)

@@ -19,10 +19,9 @@ from jax.experimental import topologies
 
 from mixtral_jax import backends, memory
 from mixtral_jax.config import AXES, Config, UserError
-from mixtral_jax.distributed import mesh_devices
 from mixtral_jax.optim import make_optimizer
 from mixtral_jax.plan.chips import EXAMPLES, Topology, gpu_coordinates
-from mixtral_jax.sharding import batch_sharding, make_mesh, replicated
+from mixtral_jax.sharding import batch_sharding, make_mesh, mesh_devices, replicated
 from mixtral_jax.stages import STAGES
 from mixtral_jax.step import abstract_state, make_train_step
 
