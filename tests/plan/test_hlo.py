@@ -59,6 +59,7 @@ GROUPS = {
     "iota": "replica_groups=[4,2]<=[8]",
     "iota, transposed": "replica_groups=[4,2]<=[2,4]T(1,0)",
     "mesh": "replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_1'}",
+    "mesh, transposed": "replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4], device_ids=([2,2,2]T(1,0,2)) {'axis_0'}",
     "part of an axis of a mesh": "replica_groups=mesh['axis_0'=8] {'axis_0':(1)2}",
 }
 FSDP2_EXPERT4 = (1, 2, 4, 1, 1)
@@ -73,6 +74,7 @@ FSDP2_EXPERT4 = (1, 2, 4, 1, 1)
         ("iota", (2, 2, 2, 1, 1), ("expert",)),
         ("iota, transposed", FSDP2_EXPERT4, ("fsdp",)),
         ("mesh", (2, 2, 2, 1, 1), ("expert",)),
+        ("mesh, transposed", (2, 2, 2, 1, 1), ("fsdp",)),
         ("part of an axis of a mesh", (2, 2, 2, 1, 1), ("data",)),
     ],
 )
