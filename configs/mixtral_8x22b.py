@@ -6,7 +6,8 @@
 140,630,071,296 parameters, 39,161,468,928 active per token. The mesh is a copy of the model on 512 chips (fsdp 64, expert 8), and
 as many copies as there are chips for. On v5p:8x8x8 (docs/plan.md, 2026-11-22, compiled ahead of time, not run): 21.3 of 95.7 GiB
 a chip, nothing ever dropped; a step of 4.2M tokens takes at least 6.6 s = 66% MFU at the data sheet's peak, 59% if transfers of
-tokens are waited for. A bounded buffer and remat none reach 84% and 76% in 91.0 GiB: see docs/plan.md. The training recipe is not published; see mixtral_8x7b.py. Result: not yet measured.
+tokens are waited for. A bounded buffer and remat none reach 84% and 76% in 91.0 GiB: see docs/plan.md. The training
+recipe is not published; see mixtral_8x7b.py. Result: not yet measured.
 """
 
 from ml_collections import ConfigDict
