@@ -5,7 +5,7 @@
 
 46,702,792,704 parameters, 12,879,925,248 active per token. The mesh is a copy of the model on 64 chips (fsdp 16, expert 4),
 and as many copies as there are chips for. The best plan found for v5p:4x4x4 (docs/plan.md, 2026-11-22, compiled ahead of time,
-not run): 79.2 of 95.7 GiB a chip, nothing recomputed but the experts' gate and up, nothing ever dropped; a step of 4.2M tokens
+not run): 78.5 of 95.7 GiB a chip, nothing recomputed but the experts' gate and up, nothing ever dropped; a step of 4.2M tokens
 takes at least 13.6 s = 84% MFU at the data sheet's peak, 79% if transfers of tokens are waited for. Chips with less memory
 need model.remat=full (29.0 GiB). The paper does not publish its training recipe; learning rate, batch and schedule are the
 common ones for models of this size. Result: not yet measured.

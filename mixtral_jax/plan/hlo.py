@@ -139,20 +139,29 @@ def _group(rest: str) -> list[int] | None:
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
     if listed:
         return [int(n) for n in listed[1].split(",")]
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", rest)
     if iota:
-        dims = [int(n) for n in iota[2].split(",")]
-        order = [int(n) for n in iota[3].split(",")] if iota[3] else range(len(dims))
-        groups = np.arange(math.prod(dims)).reshape(dims).transpose(order)
-        return groups.reshape([int(n) for n in iota[1].split(",")])[0].tolist()
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S+)? \{([^}]*)\}", rest)
-    return _mesh_group(mesh[1], mesh[2]) if mesh else None
+        return _order(iota[2]).reshape(_numbers(iota[1]))[0].tolist()
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", rest)
+    return _mesh_group(mesh[1], mesh[2] or "", mesh[3]) if mesh else None
 
 
-def _mesh_group(sizes: str, over: str) -> list[int]:
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
+
+
+def _order(text: str):
+    """Device numbers in the order `[4,16]T(1,0)`: counted in that shape, then transposed."""
+    dims, turned = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+    dims = _numbers(dims)
+    return np.arange(math.prod(dims)).reshape(dims).transpose(_numbers(turned) if turned else range(len(dims))).ravel()
+
+
+def _mesh_group(sizes: str, order: str, over: str) -> list[int]:
     """`'axis_0'=16,'axis_1'=4` and `'axis_0'`, or a part of an axis: `'axis_0':(2)4` (after 2, of size 4)."""
     dims = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", sizes)}
-    devices = np.arange(math.prod(dims.values())).reshape(tuple(dims.values()))
+    total = math.prod(dims.values())
+    devices = _order(order or f"[{total}]").reshape(tuple(dims.values()))
     parts = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", over)
     index = []
     for name, size in dims.items():

@@ -179,6 +179,7 @@ def _add_account(result: dict[str, Any], config: Config, account: aot.Compiled, 
     """Replaces what was estimated by what the compiler says."""
     result["paths"] = aot.paths(account.lowered)
     result["compile_seconds"] = round(account.seconds, 1)
+    result["compile_cpu_seconds"] = round(account.cpu_seconds, 1)
     result["memory_from"] = "the compiler"
     result["largest_buffers"] = account.largest
     rows = result["hbm_bytes_per_device"]

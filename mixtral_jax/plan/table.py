@@ -50,7 +50,9 @@ def plan(result: dict[str, Any]) -> str:
     if result.get("paths"):
         lines.append("paths: " + ", ".join(f"{name} x{count}" for name, count in result["paths"].items()))
     if "compile_seconds" in result:
-        lines.append(f"compiled in {result['compile_seconds']:.0f} s")
+        lines.append(
+            f"compiled in {result['compile_seconds']:.0f} s ({result['compile_cpu_seconds']:.0f} s of CPU time)"
+        )
     return "\n".join(lines)
 
 

@@ -92,8 +92,15 @@ def _ends(config: Config, add, item: int, times: int) -> None:
     for name in ("embedding", "head"):
         add(name, "all-gather", ("fsdp",), table * item, times, True)
         add(f"gradient of the {name}", "reduce-scatter", ("fsdp",), table * item // mesh.fsdp, times, True)
-        # Summed after the cast to float32.
-        add(f"gradient of the {name}", "all-reduce", ("data", "expert", "context"), table * 4 // mesh.fsdp, times, True)
+        # The program sums after its cast to float32; XLA:TPU moves the cast behind the sum.
+        add(
+            f"gradient of the {name}",
+            "all-reduce",
+            ("data", "expert", "context"),
+            table * item // mesh.fsdp,
+            times,
+            True,
+        )
 
 
 def by_axis(found: list[Transfer], sizes: dict[str, int]) -> dict[str, float]:

@@ -46,6 +46,8 @@ ENTRY %main (x: f32[8,4]) -> f32[8,4] {
   %ag = (f32[4]{0}, f32[16]{0}) all-gather-start(%x.2), channel_id=3, replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}
   %done = f32[16]{0} all-gather-done(%ag)
   %alone = f32[8,4]{1,0} all-reduce(%x.2), channel_id=4, replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%add.1
+  %rs = f32[4]{0} reduce-scatter(%x.2), channel_id=7, replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}, to_apply=%add.1
+  %ar = f32[4]{0} all-reduce(%x.2), channel_id=8, replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%add.1
   %p.9 = f32[8,4]{1,0} collective-permute(%x.2), channel_id=5, source_target_pairs={{0,4},{4,0},{1,5},{5,1}}
   %rows = bf16[100,2]{1,0} copy(%x.2)
   %room = bf16[400,2]{1,0} broadcast(%x.2)
@@ -57,6 +59,7 @@ GROUPS = {
     "iota": "replica_groups=[4,2]<=[8]",
     "iota, transposed": "replica_groups=[4,2]<=[2,4]T(1,0)",
     "mesh": "replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_1'}",
+    "mesh, transposed": "replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4], device_ids=([2,2,2]T(1,0,2)) {'axis_0'}",
     "part of an axis of a mesh": "replica_groups=mesh['axis_0'=8] {'axis_0':(1)2}",
 }
 FSDP2_EXPERT4 = (1, 2, 4, 1, 1)
@@ -71,6 +74,7 @@ FSDP2_EXPERT4 = (1, 2, 4, 1, 1)
         ("iota", (2, 2, 2, 1, 1), ("expert",)),
         ("iota, transposed", FSDP2_EXPERT4, ("fsdp",)),
         ("mesh", (2, 2, 2, 1, 1), ("expert",)),
+        ("mesh, transposed", (2, 2, 2, 1, 1), ("fsdp",)),
         ("part of an axis of a mesh", (2, 2, 2, 1, 1), ("data",)),
     ],
 )
@@ -88,6 +92,8 @@ def test_each_kind_counts_what_a_device_receives():
         ("all-gather", ("tensor",)): (128.0, 5),
         ("reduce-scatter", ("tensor",)): (64.0, 1),  # an all-reduce that is sliced at once
         ("all-gather", ("data",)): (16 * 4 * 3 / 4, 1),  # of an asynchronous one only the result
+        ("reduce-scatter", ("data",)): (4 * 4 * 3.0, 1),
+        ("all-reduce", ("data",)): (4 * 4 * 2 * 3 / 4, 1),
         ("collective-permute", ("data",)): (128.0, 1),
         ("ragged-all-to-all", ("data",)): (400 * 3 / 4, 1),  # the rows there are, not the room for more
     }

@@ -13,9 +13,9 @@ TOPOLOGY = chips.parse_topology("h100:1x8")
 
 
 @functools.cache
-def compiled(**axes):
+def compiled(remat, **axes):
     """A tiny train step's formulas, collectives, account and abstract state."""
-    config = tiny(**{f"mesh__{axis}": size for axis, size in axes.items()}, model__remat="full")
+    config = tiny(**{f"mesh__{axis}": size for axis, size in axes.items()}, model__remat=remat)
     config = result.resolve(config, TOPOLOGY)
     mesh, _ = aot.plan_mesh(config, TOPOLOGY, jax.devices())
     lowered, like = aot.lower(config, mesh)
@@ -37,8 +37,9 @@ def in_module(found, place, kind, axes, least=0):
     )
 
 
-def test_experts_weights_and_tokens_are_exact():
-    _, transfers, found, *_ = compiled(fsdp=2, expert=4)
+@pytest.mark.parametrize("remat", ["full", "none"])
+def test_experts_weights_and_tokens_are_exact(remat):
+    _, transfers, found, *_ = compiled(remat, fsdp=2, expert=4)
     place = "experts/shard_map"
     assert in_module(found, place, "all-gather", ("fsdp",)) == by_formula(transfers, "expert weights") > 0
     assert in_module(found, place, "reduce-scatter", ("fsdp",)) == by_formula(transfers, "gradients of experts") > 0
@@ -49,7 +50,7 @@ def test_experts_weights_and_tokens_are_exact():
 
 
 def test_embedding_and_head_are_exact():
-    _, transfers, found, *_ = compiled(fsdp=2, expert=4)
+    _, transfers, found, *_ = compiled("full", fsdp=2, expert=4)
     ends = [one for one in found if "/while/" not in one.name]
     assert in_module(ends, "shard_map", "all-gather", ("fsdp",)) == by_formula(transfers, "embedding", "head") > 0
     scattered = sum(
@@ -60,13 +61,17 @@ def test_embedding_and_head_are_exact():
 
 def test_attention_gathers_its_weights():
     """XLA gathers them once for both uses in the backward pass here, and once for each on TPUs, as the formula has it."""
-    _, transfers, found, *_ = compiled(fsdp=2, expert=4)
+    _, transfers, found, *_ = compiled("full", fsdp=2, expert=4)
     got = in_module(found, "attention/", "all-gather", ("fsdp",), least=1024)
     assert got == by_formula(transfers, "attention weights") * 2 / 3 > 0
+    _, transfers, found, *_ = compiled("none", fsdp=2, expert=4)
+    assert in_module(found, "attention/", "all-gather", ("fsdp",), least=1024) == by_formula(
+        transfers, "attention weights"
+    )
 
 
 def test_context_and_gradients_over_data_are_exact():
-    _, transfers, found, *_ = compiled(data=2, context=2, tensor=2)
+    _, transfers, found, *_ = compiled("full", data=2, context=2, tensor=2)
     place = "attention/shard_map"
     got = in_module(found, place, "all-gather", ("context",), least=1024)
     assert got == by_formula(transfers, "keys and values") > 0
@@ -79,7 +84,7 @@ def test_context_and_gradients_over_data_are_exact():
 @pytest.mark.parametrize("axes", [dict(fsdp=2, expert=4), dict(data=2, context=2, tensor=2)], ids=str)
 def test_each_axis_is_near_the_whole_module(axes):
     """What is left is small, or XLA:CPU's own: sums that it scatters late, or over two axes one by one, and its top-k."""
-    config, transfers, found, *_ = compiled(**axes)
+    config, transfers, found, *_ = compiled("full", **axes)
     sizes = {axis: size for axis, size in vars(config.mesh).items() if size > 1}
     own = [one for one in found if "top_k" not in one.name]
     formula, module = traffic.by_axis(transfers, sizes), hlo.by_axis(own, sizes)
@@ -89,7 +94,7 @@ def test_each_axis_is_near_the_whole_module(axes):
 
 def test_the_state_is_exact_to_the_byte():
     """The compiler's arguments are the parameters, the moments, three counters and the batch, and nothing else."""
-    config, _, _, account, like = compiled(fsdp=2, expert=4)
+    config, _, _, account, like = compiled("full", fsdp=2, expert=4)
     state = memory.state_bytes(like)
     rows = result.by_formula(config, TOPOLOGY, {axis: [1, 8] for axis in vars(config.mesh)}, result.shapes_of(config))
     rows = rows["hbm_bytes_per_device"]
