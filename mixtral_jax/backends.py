@@ -14,7 +14,13 @@ DEFAULTS = {
     "tpu": {"attention": "splash", "dispatch": "ragged", "expert_backend": "megablox"},
 }
 # Kernels that a platform cannot run. A CPU runs all of them, to test them.
-FOREIGN = {("megablox", "gpu"), ("tokamax", "tpu")}
+FOREIGN = (
+    ("expert_backend", "megablox", "gpu"),
+    ("expert_backend", "tokamax", "tpu"),
+    ("attention", "splash", "gpu"),
+    ("attention", "cudnn", "tpu"),
+)
+PORTABLE = {"expert_backend": "blocks", "attention": "chunked"}
 
 
 def attention(config: ModelConfig, t: int, context: int) -> str:
@@ -35,6 +41,19 @@ def _capability() -> tuple[int, ...]:
     return tuple(map(int, jax.local_devices()[0].compute_capability.split(".")))
 
 
+def refuse_foreign(config: ModelConfig, platform: str) -> None:
+    """Refuses what was named and cannot run on a platform; looks at no device.
+
+    Raises:
+        UserError: it names what can.
+    """
+    for key, name, where in FOREIGN:
+        if (getattr(config, key), platform) == (name, where):
+            raise UserError(
+                f"model.{key}={name} has no kernels for a {where}; set it to {DEFAULTS[where][key]}, {PORTABLE[key]} or auto"
+            )
+
+
 def resolve(config: ModelConfig, platform: str | None = None) -> ModelConfig:
     """Replaces every "auto" by the platform's implementation; what was chosen by name stays.
 
@@ -47,7 +66,7 @@ def resolve(config: ModelConfig, platform: str | None = None) -> ModelConfig:
         The model with every backend named.
 
     Raises:
-        UserError: the expert backend that was named cannot run on the platform.
+        UserError: what was named cannot run on the platform.
     """
     platform = platform or jax.default_backend()
     chosen = dict(DEFAULTS.get(platform, DEFAULTS["cpu"]))
@@ -59,11 +78,7 @@ def resolve(config: ModelConfig, platform: str | None = None) -> ModelConfig:
         chosen["attention"] = "chunked"  # the TPU kernel's lanes are 128 wide
     if chosen["expert_backend"] == "tokamax" and importlib.util.find_spec("tokamax") is None:
         chosen["expert_backend"] = "blocks"
-    if (config.expert_backend, platform) in FOREIGN:
-        raise UserError(
-            f"model.expert_backend={config.expert_backend} has no kernels for a {platform}; set it to "
-            f"{DEFAULTS[platform]['expert_backend']}, blocks or auto"
-        )
+    refuse_foreign(config, platform)
     return dataclasses.replace(
         config, **{name: value for name, value in chosen.items() if getattr(config, name) == "auto"}
     )

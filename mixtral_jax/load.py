@@ -163,7 +163,8 @@ def _for_devices(config: Config, devices: int, mesh_sizes: dict[str, int] | None
     mesh = MeshConfig(**{axis: mesh_sizes.get(axis, 1) for axis in AXES})
     rows = -(-config.train.batch_size // config.train.accumulation_steps // devices) * devices
     train = dataclasses.replace(config.train, batch_size=rows, accumulation_steps=1)
-    # The kernel of the run's machine may not exist here.
+    # The kernels of the run's machine may not exist here.
     attention = "auto" if config.model.attention in ("cudnn", "splash") else config.model.attention
-    model = dataclasses.replace(config.model, attention=attention)
+    backend = "auto" if config.model.expert_backend in ("megablox", "tokamax") else config.model.expert_backend
+    model = dataclasses.replace(config.model, attention=attention, expert_backend=backend)
     return resolve_mesh(dataclasses.replace(config, model=model, train=train, mesh=mesh), devices)

@@ -242,6 +242,9 @@ def header(
         peak: FLOP/s of all devices together, and peak_source: where that figure comes from (see mesh_peak_flops).
     """
     model, loss, optim, train = backends.resolve(config.model), config.loss, config.optim, config.train
+    bound = f", at most {model.buffer_factor:g} times the even share a device" if model.buffer_factor else ""
+    if model.buffer_factor and model.dispatch == "ring":  # what "auto" means here; by name it is refused with a factor
+        bound = ", which has no use for model.buffer_factor and drops nothing"
     step_tokens = train.batch_size * train.seq_len
     tokens = train.steps * step_tokens
     epochs = f" = {tokens / num_train_tokens:.3g} epochs of {human(num_train_tokens)}" if num_train_tokens else ""
@@ -254,8 +257,7 @@ def header(
         + (f", sliding window {model.sliding_window}" if model.sliding_window else ""),
         "experts": f"{model.num_experts}, top {model.experts_per_token}, backend {model.expert_backend}"
         + (f" (blocks of {model.expert_block} rows)" if model.expert_backend == "blocks" else "")
-        + (f", dispatch {model.dispatch}" if mesh_shape.get("expert", 1) > 1 else "")
-        + (f", at most {model.buffer_factor:g} times the even share a device" if model.buffer_factor else ""),
+        + (f", dispatch {model.dispatch}{bound}" if mesh_shape.get("expert", 1) > 1 else ""),
         "attention": model.attention,
         "batch": f"{train.batch_size} x {train.seq_len} = {step_tokens:,} tokens per step"
         + (f" in {train.accumulation_steps} micro-batches" if train.accumulation_steps > 1 else ""),

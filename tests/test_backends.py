@@ -64,8 +64,16 @@ def test_backends_by_platform():
     assert (kept.dispatch, kept.expert_backend) == ("ragged", "dense")
 
 
-@pytest.mark.parametrize(("backend", "platform"), [("megablox", "gpu"), ("tokamax", "tpu")])
-def test_kernels_of_another_platform_are_refused(backend, platform):
-    config = dataclasses.replace(tiny().model, expert_backend=backend)
-    with pytest.raises(UserError, match=rf"model.expert_backend={backend}.*blocks"):
+@pytest.mark.parametrize(
+    ("key", "name", "platform", "instead"),
+    [
+        ("expert_backend", "megablox", "gpu", "tokamax, blocks"),
+        ("expert_backend", "tokamax", "tpu", "megablox, blocks"),
+        ("attention", "splash", "gpu", "cudnn, chunked"),
+        ("attention", "cudnn", "tpu", "splash, chunked"),
+    ],
+)
+def test_kernels_of_another_platform_are_refused(key, name, platform, instead):
+    config = dataclasses.replace(tiny().model, **{key: name})
+    with pytest.raises(UserError, match=rf"model.{key}={name}.*{instead}"):
         backends.resolve(config, platform)

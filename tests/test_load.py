@@ -265,6 +265,15 @@ def test_names_that_mean_nothing_are_explained(tmp_path):
             resolve_checkpoint(spec, step)
 
 
+@pytest.mark.parametrize("backend", ["megablox", "tokamax"])
+def test_the_kernels_of_another_machine_are_left_there(tmp_path, backend):
+    """A GPU refuses the TPU's, the GPU's need a package, and interpreting the TPU's on a CPU takes minutes."""
+    kernels = dict(model__dtype="bfloat16", model__attention="cudnn", model__expert_backend=backend)
+    workdir = two_steps(tmp_path / "run", **kernels)
+    config, *_ = load(str(workdir), {"fsdp": 8})
+    assert (config.model.attention, config.model.expert_backend) == ("auto", "auto")
+
+
 def test_matrices_come_in_the_dtype_that_decoding_multiplies_in(tmp_path):
     """A float32 checkpoint of a model that computes in bfloat16: half of the memory, and not a bit of the logits."""
     workdir = two_steps(tmp_path / "run", model__dtype="bfloat16")

@@ -91,8 +91,8 @@ def test_numbers_for_people():
     ]
 
 
-def make_header(loss=None, **changes):
-    config = dataclasses.replace(MIXTRAL, loss=dataclasses.replace(MIXTRAL.loss, **(loss or {})))
+def make_header(loss=None, model=MIXTRAL.model, **changes):
+    config = dataclasses.replace(MIXTRAL, model=model, loss=dataclasses.replace(MIXTRAL.loss, **(loss or {})))
     values = {
         "total_params": 46_702_792_704,
         "active_params": 12_879_925_248,
@@ -125,6 +125,15 @@ def test_header_says_what_matters():
     assert "logit z    OFF" in text
     # Aligned: every text starts in the same column.
     assert {line[12] == " " and line[13] != " " for line in text.split("\n")} == {True}
+
+
+def test_header_says_where_a_bound_on_buffers_means_nothing():
+    """dispatch=auto is the ring on CPUs and GPUs, which drops nothing whatever the factor."""
+    bounded = dataclasses.replace(MIXTRAL.model, buffer_factor=1.5)
+    text = make_header(model=bounded)
+    assert "dispatch ring, which has no use for model.buffer_factor" in text
+    assert "at most 1.5 times" not in text
+    assert "dispatch ragged, at most 1.5 times" in make_header(model=dataclasses.replace(bounded, dispatch="ragged"))
 
 
 def test_header_says_off_loudly_and_does_without_epochs():

@@ -93,7 +93,9 @@ class Block(nnx.Module):
             out_BTD, computed = moe.experts(x_BTD, gates_BTK, index_BTK, *weights, self.config)
         else:
             out_BTD, computed = moe.separate_experts(x_BTD, gates_BTK, index_BTK, separate, self.config)
-        return constrain(out_BTD, "BTD"), stats._replace(dropped=stats.count_E.sum() - computed)
+        # In int32: a pod's batch has more than the 2^24 assignments up to which float32 counts, and some would seem dropped.
+        sent = (index_BTK < self.config.num_experts).sum(dtype=jnp.int32)
+        return constrain(out_BTD, "BTD"), stats._replace(dropped=(sent - computed).astype(jnp.float32))
 
     def __call__(self, x_BTD, rope, segment_ids_BT, positions_BT, slots=None, separate=None):
         """Runs the layer; training leaves out the last two arguments, which are for generation (models/decode.py).

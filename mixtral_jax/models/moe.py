@@ -165,12 +165,12 @@ def experts(x_BTD, gates_BTK, index_BTK, w_gate_EDF, w_up_EDF, w_down_EFD, confi
     """The experts on any mesh; without a mesh, `local_experts`. Same arguments, whole arrays.
 
     Returns:
-        out_BTD, computed: float32 number of assignments that were computed, over all devices.
+        out_BTD, computed: int32 number of assignments that were computed, over all devices; a pod has more than float32 counts.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         out_BTD, computed = local_experts(x_BTD, gates_BTK, index_BTK, w_gate_EDF, w_up_EDF, w_down_EFD, config)
-        return out_BTD, computed.astype(jnp.float32)
+        return out_BTD, computed
     if mesh.shape[dispatch.AXIS] == 1:
         travel = local_experts  # TPUs refuse an exchange among one
     else:
@@ -182,7 +182,7 @@ def experts(x_BTD, gates_BTK, index_BTK, w_gate_EDF, w_up_EDF, w_down_EFD, confi
         out_bTD, computed = travel(x_bTD, gates_bTK, index_bTK, *weights, config=config)
         # F is split over `tensor`, so each device there holds a part of the sum. Every one of them counted.
         computed = lax.psum(computed, ("data", "fsdp", "expert", "context"))
-        return lax.psum(out_bTD, "tensor"), computed.astype(jnp.float32)
+        return lax.psum(out_bTD, "tensor"), computed
 
     names = ("w_gate_EDF", "w_up_EDF", "w_down_EFD")
     token_specs = (act_spec("BTD"), act_spec("BTK"), act_spec("BTK"))
@@ -233,13 +233,13 @@ def separate_experts(x_BTD, gates_BTK, index_BTK, slots, config: ModelConfig):
         config: names the block.
 
     Returns:
-        out_BTD, computed: float32 number of assignments that were computed, over all devices.
+        out_BTD, computed: int32 number of assignments that were computed, over all devices; a pod has more than float32 counts.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         weights_e = [[w[0] for w in slot] for slot in slots]
         out_BTD, computed = local_separate_experts(x_BTD, gates_BTK, index_BTK, weights_e, config)
-        return out_BTD, computed.astype(jnp.float32)
+        return out_BTD, computed
     specs = [separate_spec(name, config.d_ff) for name in ("w_gate_EDF", "w_up_EDF", "w_down_EFD")]
     # Where F is split over fsdp, the tokens of all its devices meet all its parts of F.
     token_axes = ("fsdp", "expert") if "fsdp" in specs[0][2] else ("expert",)
@@ -254,7 +254,7 @@ def separate_experts(x_BTD, gates_BTK, index_BTK, slots, config: ModelConfig):
         weights_e = [[w[0] for w in slot] for slot in slots]
         out_BTD, computed = local_separate_experts(x_BTD, gates_BTK, index_BTK, weights_e, config)
         out_bTD = lax.psum_scatter(out_BTD, token_axes, scatter_dimension=0, tiled=True)
-        computed = lax.psum(computed, ("data", "expert", "context")).astype(jnp.float32)
+        computed = lax.psum(computed, ("data", "expert", "context"))
         # Without fsdp among the token axes each of its devices has counted its own tokens only.
         return lax.psum(out_bTD, "tensor"), computed if "fsdp" in token_axes else lax.psum(computed, "fsdp")
 

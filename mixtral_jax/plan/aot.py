@@ -111,8 +111,14 @@ def plan_mesh(config: Config, topology: Topology, devices):
 
 def for_platform(config: Config, platform: str) -> Config:
     """The configuration with every backend named, as it would run there; GPUs are compiled for on CPU devices."""
-    model = backends.resolve(config.model, "tpu" if platform == "tpu" else "cpu")
-    return dataclasses.replace(config, model=model)
+    model = config.model
+    backends.refuse_foreign(model, platform)
+    if platform == "gpu":
+        # Its own kernels can be lowered beside a GPU only; the CPU's stand in for them.
+        kernels = {"attention": "cudnn", "expert_backend": "tokamax"}
+        auto = {key: "auto" for key, name in kernels.items() if getattr(model, key) == name}
+        model = dataclasses.replace(model, **auto)
+    return dataclasses.replace(config, model=backends.resolve(model, "tpu" if platform == "tpu" else "cpu"))
 
 
 def abstract_batch(config: Config, mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -8,6 +8,7 @@ are used and their gradients scattered back; what several devices computed of on
 import dataclasses
 
 from mixtral_jax.config import Config
+from mixtral_jax.models import dispatch
 from mixtral_jax.plan.hlo import moved, split
 
 
@@ -116,13 +117,15 @@ def receive_buffers(config: Config) -> dict[str, int]:
     """Bytes of one buffer of rows that a device receives for its experts, as configured and with nothing ever dropped.
 
     Dropless must have room for every assignment of all devices of the `expert` axis; a bounded buffer holds
-    `model.buffer_factor` times a device's even share.
+    `model.buffer_factor` times a device's even share. The ring holds the rows of all devices, here or not, and knows no bound.
     """
     model, mesh = config.model, config.mesh
     item = 2 if model.dtype == "bfloat16" else 4
-    share = tokens_of_device(config) * model.experts_per_token * model.d_model * item
-    # A token's K experts differ: of E / expert experts here at most so many can be its choices.
-    worst = min(model.experts_per_token, model.num_experts // mesh.expert)
-    dropless = share // model.experts_per_token * worst * mesh.expert
-    bounded = min(int(share * model.buffer_factor), dropless) if model.buffer_factor else dropless
-    return {"even_share": share, "configured": bounded if mesh.expert > 1 else share, "dropless": dropless}
+    row, k = model.d_model * item, model.experts_per_token
+    share = tokens_of_device(config) * k * row
+    if mesh.expert == 1 or model.dispatch == "ring":
+        held = share * mesh.expert
+        return {"even_share": share, "configured": held, "dropless": held}
+    sizes = tokens_of_device(config), k, mesh.expert, model.num_experts // mesh.expert
+    rows, worst = (dispatch.buffer_rows(*sizes, factor, model.expert_block) for factor in (model.buffer_factor, 0))
+    return {"even_share": share, "configured": rows * row, "dropless": worst * row}

@@ -95,6 +95,14 @@ def test_a_mesh_that_does_not_fit_names_both_numbers():
         result.resolve(tiny(mesh__fsdp=6), chips.parse_topology("v5p:4x4x4"))
 
 
+def test_a_gpus_own_kernels_are_planned_with_the_cpus_and_a_tpus_are_refused():
+    named = tiny(mesh__fsdp=8, model__dtype="bfloat16", model__attention="cudnn", model__expert_backend="tokamax")
+    model = result.resolve(named, TOPOLOGY).model
+    assert (model.attention, model.expert_backend) == ("chunked", "blocks")
+    with pytest.raises(UserError, match=r"model\.expert_backend=megablox.*gpu"):
+        result.resolve(tiny(mesh__fsdp=8, model__expert_backend="megablox"), TOPOLOGY)
+
+
 def test_libtpu_missing_says_what_to_install(monkeypatch):
     monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install -r requirements-tpu\.txt"):
@@ -194,6 +202,8 @@ def test_the_command_explains_itself(tmp_path):
         "--nocompile",
         f"--out={out}",
         "--config.train.batch_size=16",
+        "--config.model.dtype=bfloat16",
+        "--config.model.attention=cudnn",
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(out.read_text())["devices"] == 16

@@ -115,3 +115,18 @@ def test_receive_buffers():
     whole = tiny(mesh__expert=8, mesh__fsdp=1, model__dispatch="ragged", train__batch_size=8)
     got = traffic.receive_buffers(whole)
     assert got["configured"] == got["dropless"] == 4 * share, "of one expert a token chooses it once"
+    ring = tiny(mesh__expert=8, mesh__fsdp=1, model__dispatch="auto", model__buffer_factor=1.5, train__batch_size=8)
+    got = traffic.receive_buffers(result.resolve(ring, TOPOLOGY))
+    assert got["configured"] == got["dropless"] == 8 * share, "the ring holds the rows of all and knows no bound"
+    blocks = tiny(mesh__expert=8, mesh__fsdp=1, model__dispatch="ragged", model__buffer_factor=0.1, train__batch_size=8)
+    rows = blocks.model.expert_block
+    assert traffic.receive_buffers(blocks)["configured"] == rows * 32 * 4, "whole blocks, as the program has them"
+
+
+def test_a_ragged_exchange_by_hand():
+    """There and back, both again where the layer runs again, and backward: each time 7 of 8 devices' share of 64 rows."""
+    for remat, passes in (("none", 4), ("full", 6)):
+        config = tiny(mesh__expert=8, mesh__fsdp=1, model__dispatch="ragged", model__remat=remat, train__batch_size=8)
+        (one,) = [one for one in traffic.transfers(config) if one.kind == "ragged-all-to-all"]
+        assert one.times == passes * config.model.num_layers
+        assert one.bytes == 64 * 32 * 4 * 7 / 8
