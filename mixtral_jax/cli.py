@@ -1,6 +1,8 @@
 """The command line's manners: flags from absl, mistakes explained, exit status 0 done, 2 a mistake of the user's, 1 a fault."""
 
+import difflib
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -9,7 +11,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mixtral_jax import clusters, distributed, watch
-from mixtral_jax.config import Config, RunError, UserError, from_config_dict
+from mixtral_jax.config import Config, RunError, UserError, from_config_dict, key_list
 from mixtral_jax.interrupt import InterruptedRun
 from mixtral_jax.progress import messages
 
@@ -132,6 +134,14 @@ def guarded(main: Callable[[], int | None], interrupted: str = "interrupted") ->
     return status
 
 
+def _unknown(name: str) -> str:
+    """What to say of `--config.GROUP.name=VALUE` where there is no such key."""
+    given = [arg.partition("=")[0].removeprefix("--config.") for arg in sys.argv[1:] if arg.startswith("--config.")]
+    key = next((arg for arg in given if name in arg.split(".")), name)
+    near = difflib.get_close_matches(key, key_list(), n=1, cutoff=0.7)
+    return f"there is no configuration key {key}" + (f"; did you mean {near[0]}?" if near else "")
+
+
 def _parse() -> None:
     try:
         rest = flags.FLAGS(sys.argv)
@@ -139,6 +149,9 @@ def _parse() -> None:
         # A config file is a program: whatever it raises while it is read is about what the user asked for.
         # config_flags puts the whole stack trace into its message; its last line is what a person needs.
         text = str(error).strip().splitlines()[-1] if "Traceback" in str(error) else str(error)
+        missing = re.match(r"\W*(\w+)\W*(n?Did you mean|$)", text)
+        if isinstance(error, KeyError | AttributeError) and missing:
+            text = _unknown(missing[1])
         raise UserError(f"{text} (while reading the command line; --help shows the flags)") from error
     if rest[1:]:
         raise UserError(f"unexpected {' '.join(rest[1:])}; flags start with --, as in --config=configs/tiny.py")

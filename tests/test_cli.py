@@ -21,7 +21,11 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
 MISTAKES = {
     "no config": ((), ["--config is missing", "configs/tiny.py"]),
     "no such file": (("--config=configs/none.py",), ["none.py"]),
-    "unknown key": (("--config=configs/tiny.py", "--config.train.stepz=3"), ["stepz"]),
+    "unknown key": (
+        ("--config=configs/tiny.py", "--config.train.stepz=3"),
+        ["no configuration key train.stepz", "did you mean train.steps?"],
+    ),
+    "no such group": (("--config=configs/tiny.py", "--config.workdir=3"), ["no configuration key workdir"]),
     "wrong type": (("--config=configs/tiny.py", "--config.train.steps=many"), ["many"]),
     "unknown argument": (("--config=configs/tiny.py:huge",), ["huge", "tiny"]),
     "unknown flag": (("--config=configs/tiny.py", "--wrkdir=x"), ["wrkdir"]),

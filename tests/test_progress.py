@@ -126,3 +126,8 @@ def test_throughput_with_a_pause_in_every_interval():
             clock.now += 30
         throughput.tick()
     assert throughput.tokens_per_second == 25
+
+
+def test_dropped_assignments_are_never_silent():
+    assert "DROPPED 12%" in status({"loss": 1.0, "dropped_L": np.array([0.2, 0.04])})
+    assert "DROPPED" not in status({"loss": 1.0, "dropped_L": np.zeros(2)})
