@@ -153,3 +153,24 @@ def test_a_mistake_is_told_once_and_a_difference_is_refused(tmp_path, changes, c
     line[line.index("train.py")] = str(script)
     out = run(line, expect=2, **cached)
     assert out.count("train.seed: process 0 0, process 1 1") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [3, 100_000], ids=["last", "amid"])
+def test_a_save_that_fails_in_one_process_ends_all_with_its_words(tmp_path, changes, launch, steps):
+    """Process 1 cannot write: Orbax keeps that to itself and waits for ten minutes for process 0."""
+    script = tmp_path / "train_without_room.py"
+    script.write_text(
+        "import os, resource, sys; sys.path.insert(0, os.getcwd())\n"
+        "if os.environ['MIXTRAL_JAX_PROCESS_ID'] == '1': resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "exec(open('train.py').read())\n"
+    )
+    line = group(tmp_path / "run", 2, train__steps=steps, train__checkpoint_every=3, **changes)
+    line[line.index("train.py")] = str(script)
+    process = launch(line)
+    process.wait(timeout=150)
+    out = process.output()
+    assert process.returncode == 1, out
+    assert "process 1: error: the checkpoint of step 3 could not be written: [Errno 27] File too large" in out
+    assert "ending, because process 1 failed: the checkpoint of step 3 could not be written" in out
+    assert steps_in(tmp_path / "run" / "checkpoints") == []
