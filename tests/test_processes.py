@@ -111,6 +111,25 @@ def test_one_is_killed_and_the_others_end_and_say_which(tmp_path, changes, launc
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_is_frozen_and_the_others_say_which(tmp_path, changes, launch, victim):
+    """Nothing breaks, collectives hang: as where a process of a GPU or TPU is killed."""
+    process = launch(group(tmp_path / "run", 2, train__steps=100_000, **changes))
+    wait_for(lambda: max(steps_logged(tmp_path / "run"), default=0) >= 3, process, 300)
+    pids = members(process)
+    os.kill(pids[victim], signal.SIGSTOP)
+    other = pids[1 - victim]
+    begin = time.monotonic()
+    while os.path.exists(f"/proc/{other}/exe") and time.monotonic() < begin + 90:
+        time.sleep(0.2)
+    assert time.monotonic() < begin + 90
+    said = (
+        "process 1 has given no sign of life" if victim else "process 1: process 0, which coordinates the others, has"
+    )
+    assert said in process.output()
+
+
+@pytest.mark.slow
 def test_sigterm_to_one_process_stops_all_at_the_same_saved_step(tmp_path, changes, launch, cached):
     workdir = tmp_path / "run"
     changes |= dict(train__steps=100_000)
