@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,32 @@ def _abstract(like) -> dict[str, jax.ShapeDtypeStruct]:
     return {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in named_leaves(like).items()}
 
 
+class _Noted:
+    """A future of Orbax's that keeps its error: Orbax's own thread takes it away and waits for the other processes."""
+
+    def __init__(self, future, note: Callable[[Exception], None]):
+        self._future, self._note = future, note
+
+    def result(self, timeout: float | None = None):
+        try:
+            return self._future.result(timeout)
+        except Exception as error:
+            self._note(error)
+            raise
+
+
+def _handler(note: Callable[[Exception], None]) -> ocp.StandardCheckpointHandler:
+    """A handler that notes what goes wrong in the background in this process. Orbax knows its arguments by its class."""
+    handler = ocp.StandardCheckpointHandler()
+    save = handler.async_save
+
+    async def async_save(*args, **kwargs):
+        return [_Noted(each, note) for each in await save(*args, **kwargs) or []]
+
+    handler.async_save = async_save
+    return handler
+
+
 class DamagedError(RunError):
     """A checkpoint cannot be read, or what was read is not what was saved."""
 
@@ -98,20 +125,24 @@ class Checkpoints:
         self._keep_going = keep_going
         self._pending: int | None = None  # the step whose save is in flight
         self._failed = False  # some save
+        self._broken: Exception | None = None  # what broke this process's part of the save in flight
         self._removing: list[threading.Thread] = []
         self._open()
 
     def _open(self) -> None:
         # Named here, so that a fresh process can read an item's metadata before it restores anything.
         handlers = {
-            "params": ocp.StandardCheckpointHandler(),
-            "opt_state": ocp.StandardCheckpointHandler(),
+            "params": _handler(self._note),
+            "opt_state": _handler(self._note),
             "data": ocp.JsonCheckpointHandler(),
             "meta": ocp.JsonCheckpointHandler(),
         }
         # What is kept is decided below, after a save is known to be whole.
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self.folder, item_handlers=handlers, options=options)
+
+    def _note(self, error: Exception) -> None:
+        self._broken = self._broken or error
 
     def latest(self) -> int | None:
         """The newest step, or None."""
@@ -165,7 +196,7 @@ class Checkpoints:
             data=ocp.args.JsonSave(sealed({"state": data or {}})),
             meta=ocp.args.JsonSave(meta),
         )
-        self._pending = step
+        self._pending, self._broken = step, None
         self._attempt("save", lambda: self._manager.save(step, args=arguments))
 
     def poll(self) -> int | None:
@@ -188,10 +219,8 @@ class Checkpoints:
         """
         if self._pending is None:
             return
-        try:
-            self._manager.check_for_errors()
-        except Exception as error:
-            self._told(self._pending, _first_line(error), error)
+        if self._broken is not None:
+            self._told(self._pending, _first_line(self._broken), self._broken)
 
     def finish(self) -> int | None:
         """Waits for the save in flight; returns its step, or None if there was none.
@@ -201,6 +230,9 @@ class Checkpoints:
         """
         if self._pending is None:
             return None
+        while distributed.together() and not self._keep_going and self._manager.is_saving_in_progress():
+            self.failing()  # Orbax would wait for the others, which it does not tell
+            time.sleep(0.02)
         self._attempt("finish", self._manager.wait_until_finished)
         step, self._pending = self._pending, None
         if not distributed.decided("whole", lambda: (self.folder / str(step)).is_dir()):

@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ from mixtral_jax.config import RunError, UserError
 from mixtral_jax.sharding import batch_sharding
 
 WAIT_SECONDS = 300  # for the others, at the start
+TELL_SECONDS = 15  # until the first word about that
 HEARTBEAT_SECONDS = 30  # after so long a silence jax's coordinator gives a process up for dead
 LEAVE_SECONDS = 60  # for the others, at the end
 DAY_MS = 24 * 3600 * 1000  # a barrier's limit: only a death should end the wait, and the coordinator tells of that
@@ -64,9 +66,15 @@ def start(flags: Mapping[str, str | int | None], wait_seconds: int = WAIT_SECOND
 def _initialize(wait_seconds: int, **known) -> None:
     if jax.config.jax_cpu_collectives_implementation == "none":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    timer = threading.Timer(wait_seconds, _give_up, (wait_seconds,))
-    timer.daemon = True
-    timer.start()
+    timers = [threading.Timer(TELL_SECONDS, _tell), threading.Timer(wait_seconds, _give_up, (wait_seconds,))]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
+    # Python would see Ctrl-C only after jax has returned, and there is nothing to save yet.
+    waits = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    waits = waits and threading.current_thread() is threading.main_thread()
+    if waits:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         jax.distributed.initialize(
             **known,
@@ -77,14 +85,30 @@ def _initialize(wait_seconds: int, **known) -> None:
     except RuntimeError as error:  # jax's own error is a RuntimeError
         raise RunError(f"joining the other processes failed: {error}") from error
     finally:
-        timer.cancel()
+        for timer in timers:
+            timer.cancel()
+        if waits:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _came() -> tuple[str, str]:
+    """Who has come, as far as this process can know it, and to where."""
+    at, count = coordinator() or "an unknown address", process_count()
+    port = at.rpartition(":")[2]
+    came = clusters.connections(int(port)) if speaks() and port.isdigit() else None
+    return f"{came} of {count} processes came" if came else "not all processes came", at
+
+
+def _tell() -> None:
+    """Says for what this process waits, long before it gives up."""
+    who, at = _came()
+    name = "" if speaks() else f"process {process_id()}: "
+    os.write(2, f"{name}{who} to {at} so far; waiting\n".encode())
 
 
 def _give_up(seconds: int) -> None:
     """Ends this process, whose main thread waits inside jax for processes that do not come."""
-    at, count = coordinator() or "an unknown address", process_count()
-    came = clusters.connections(int(at.rpartition(":")[2])) if speaks() and at.rpartition(":")[2].isdigit() else None
-    who = f"{came} of {count} processes came" if came else "not all processes came"
+    who, at = _came()
     name = "" if speaks() else f"process {process_id()}: "
     fix = (
         "look whether each host started its process, can reach that address, and was told the same number of processes"

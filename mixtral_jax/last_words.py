@@ -15,7 +15,7 @@ me, host, port = sys.argv[1:]
 if not sys.stdin.buffer.read(1):
     try:
         socket.create_connection((host, int(port)), 5).close()
-        why = "ended without a word of its own (killed, or ended by jax as told above); process 0 still answers"
+        why = "ended without a word of its own (killed, or ended by jax as told above); process 0's port is still open"
     except OSError:
         why = f"ended, because process 0, which coordinates the others, is gone ({host}:{port} no longer answers)"
     os.write(2, f"process {me}: {why}\\n".encode())

@@ -17,9 +17,10 @@ from mixtral_jax import clusters, distributed, last_words
 from mixtral_jax.config import RunError, UserError
 from mixtral_jax.interrupt import InterruptedRun
 
-WORDS = ("alive", "suspect", "verdict", "stop", "error", "left")
-ALIVE, SUSPECT, VERDICT, STOP, ERROR, LEFT = (f"mixtral_jax/{word}/" for word in WORDS)
+WORDS = ("alive", "suspect", "verdict", "stop", "error", "left", "silent")
+ALIVE, SUSPECT, VERDICT, STOP, ERROR, LEFT, SILENT = (f"mixtral_jax/{word}/" for word in WORDS)
 SILENT_SECONDS = 8  # without a sign of life, when something is known to be wrong
+QUIET_SECONDS = 12  # without a sign of life: all say so, before jax misses a heartbeat and ends them with other words
 PUZZLED_SECONDS = 25  # after these, with all alive, the first to complain is named
 GRACE_SECONDS = 10  # for a process to end by itself, after the verdict
 SAME_SECONDS = 3  # for process 0 to end with the same error
@@ -48,11 +49,15 @@ class Watch:
         self._boundary = threading.Lock()  # held while the processes agree on the step at which to stop
         self._step, self._stop_at, self._asked = 0, None, False
         self._seen: dict[int, tuple[str | None, float]] = {}  # process 0: the latest sign of life, and when it was new
+        self._told: set[str] = set()  # the processes whose silence was told here
+        self._answered = time.monotonic()  # when process 0 answered last
         self.dead = 0  # process 0: how many it has given up
         self._since: float | None = None  # process 0: when the first suspicion was heard
         self.number: int | None = None  # of the signal that stops the run, wherever it came
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
+        if self._me:
+            threading.Thread(target=self._listen, name="listen", daemon=True).start()
 
     def reached(self, step: int) -> bool:
         """Tells that the loop has dispatched a step; True if it is the one after which all stop.
@@ -85,7 +90,8 @@ class Watch:
                 if self._me == 0:
                     self._judge()
                 said = self.verdict()
-                failing = None
+                self._tell_silence()
+                failing, self._answered = None, time.monotonic()
             except Exception as error:
                 failing = failing or time.monotonic()
                 if time.monotonic() - failing > SILENT_SECONDS and not self._over.is_set():
@@ -96,6 +102,21 @@ class Watch:
             verdict_at = verdict_at or time.monotonic()
             if time.monotonic() - verdict_at > GRACE_SECONDS and not self._over.is_set():
                 self.obey(said)
+
+    def _tell_silence(self) -> None:
+        """Says which processes process 0 no longer hears. Collectives may just hang then, and nobody complains."""
+        for key, seconds in self._client.key_value_dir_get(SILENT):
+            process = key.rpartition("/")[2]
+            if process not in self._told and process != str(self._me):
+                self._told.add(process)
+                say(f"process {process} has given no sign of life for {seconds} s")
+
+    def _listen(self) -> None:
+        """As _tell_silence, of process 0: the other thread hangs in its question."""
+        while not self._over.wait(1):
+            if time.monotonic() - self._answered > QUIET_SECONDS:
+                say(f"process 0, which coordinates the others, has not answered for {QUIET_SECONDS} s")
+                return
 
     def obey(self, said: dict) -> None:
         """Ends this process as the verdict says."""
@@ -119,16 +140,21 @@ class Watch:
 
     def _judge(self) -> None:
         """On process 0: once somebody has a suspicion, whoever gives no sign of life any more is dead."""
-        complaints = self._client.key_value_dir_get(SUSPECT)
-        if not complaints:
-            return
         now = time.monotonic()
-        if self._since is None:
-            self._since, self._seen = now, dict.fromkeys(range(self._count), (None, now))
+        self._seen = self._seen or dict.fromkeys(range(self._count), (None, now))
         for key, beat in self._client.key_value_dir_get(ALIVE):
             process = int(key.rpartition("/")[2])
             if self._seen[process][0] != beat:
                 self._seen[process] = (beat, now)
+        complaints = self._client.key_value_dir_get(SUSPECT)
+        if not complaints:
+            for process, (beat, heard) in self._seen.items():
+                if beat is not None and now - heard > max(QUIET_SECONDS, 8 * self._tick):
+                    self._client.key_value_set(f"{SILENT}{process}", str(round(now - heard)), True)
+            return
+        if self._since is None:
+            # What was not heard before the first complaint says nothing: this thread may have been held up itself.
+            self._since, self._seen = now, {process: (beat, now) for process, (beat, _) in self._seen.items()}
         limit = max(SILENT_SECONDS, 4 * self._tick)
         silent = sorted((heard, i) for i, (_, heard) in self._seen.items() if now - heard > limit)
         if silent:

@@ -95,6 +95,24 @@ def test_one_that_waits_in_vain_says_how_many_came(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_one_that_waits_says_so_and_ends_at_ctrl_c():
+    port = launch.free_port()
+    program = (
+        "from mixtral_jax import cli, distributed; distributed.TELL_SECONDS = 1\n"
+        f"cli.run(lambda: distributed.start(dict(coordinator='127.0.0.1:{port}', processes=2, process_id=0), 100), '')"
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        killer = threading.Timer(60, process.kill)
+        killer.start()
+        assert process.stderr.readline() == f"1 of 2 processes came to 127.0.0.1:{port} so far; waiting\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == -signal.SIGINT
+        killer.cancel()
+
+
 def device(i: int, slice_index: int = 0, platform: str = "tpu"):
     return types.SimpleNamespace(
         id=i,

@@ -111,6 +111,25 @@ def test_one_is_killed_and_the_others_end_and_say_which(tmp_path, changes, launc
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_is_frozen_and_the_others_say_which(tmp_path, changes, launch, victim):
+    """Nothing breaks, collectives hang: as where a process of a GPU or TPU is killed."""
+    process = launch(group(tmp_path / "run", 2, train__steps=100_000, **changes))
+    wait_for(lambda: max(steps_logged(tmp_path / "run"), default=0) >= 3, process, 300)
+    pids = members(process)
+    os.kill(pids[victim], signal.SIGSTOP)
+    other = pids[1 - victim]
+    begin = time.monotonic()
+    while os.path.exists(f"/proc/{other}/exe") and time.monotonic() < begin + 90:
+        time.sleep(0.2)
+    assert time.monotonic() < begin + 90
+    said = (
+        "process 1 has given no sign of life" if victim else "process 1: process 0, which coordinates the others, has"
+    )
+    assert said in process.output()
+
+
+@pytest.mark.slow
 def test_sigterm_to_one_process_stops_all_at_the_same_saved_step(tmp_path, changes, launch, cached):
     workdir = tmp_path / "run"
     changes |= dict(train__steps=100_000)
@@ -153,3 +172,24 @@ def test_a_mistake_is_told_once_and_a_difference_is_refused(tmp_path, changes, c
     line[line.index("train.py")] = str(script)
     out = run(line, expect=2, **cached)
     assert out.count("train.seed: process 0 0, process 1 1") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [3, 100_000], ids=["last", "amid"])
+def test_a_save_that_fails_in_one_process_ends_all_with_its_words(tmp_path, changes, launch, steps):
+    """Process 1 cannot write: Orbax keeps that to itself and waits for ten minutes for process 0."""
+    script = tmp_path / "train_without_room.py"
+    script.write_text(
+        "import os, resource, sys; sys.path.insert(0, os.getcwd())\n"
+        "if os.environ['MIXTRAL_JAX_PROCESS_ID'] == '1': resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "exec(open('train.py').read())\n"
+    )
+    line = group(tmp_path / "run", 2, train__steps=steps, train__checkpoint_every=3, **changes)
+    line[line.index("train.py")] = str(script)
+    process = launch(line)
+    process.wait(timeout=150)
+    out = process.output()
+    assert process.returncode == 1, out
+    assert "process 1: error: the checkpoint of step 3 could not be written: [Errno 27] File too large" in out
+    assert "ending, because process 1 failed: the checkpoint of step 3 could not be written" in out
+    assert steps_in(tmp_path / "run" / "checkpoints") == []
