@@ -52,12 +52,17 @@ def fit(
         The final metrics: held-out loss and bits per byte, and the baselines'. Empty if the run was finished before.
 
     Raises:
-        UserError: the workdir is in use, or see `start`.
+        UserError: the workdir is in use; train.continue_on_save_error with several processes; or see `start`.
         NonFiniteError: more losses or gradient norms than train.skip_nonfinite were not finite; see its message.
         SaveError: a checkpoint could not be written.
         InterruptedRun: SIGTERM or SIGINT; what was trained is saved.
     """
     config = resolve_mesh(config, jax.device_count())
+    if config.train.continue_on_save_error and distributed.together():
+        raise UserError(
+            f"train.continue_on_save_error=True with {distributed.process_count()} processes: one that cannot write would keep the "
+            "others waiting at the next save; set it to False: the run then ends, and goes on from the last checkpoint"
+        )
     distributed.same(_flat(config), "start all with the same command")
     with (
         held_by_all(workdir) as local,

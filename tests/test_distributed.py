@@ -292,3 +292,14 @@ def test_alone_everything_returns_at_once():
     with pytest.raises(RunError):
         distributed.decided("x", lambda: (_ for _ in ()).throw(RunError("told")))
     assert AXES[0] == "data"
+
+
+def test_going_on_after_a_failed_save_is_for_one_process(tmp_path, monkeypatch):
+    from mixtral_jax import trainer
+    from tests.helpers import tiny
+
+    monkeypatch.setattr(distributed, "together", lambda: True)
+    monkeypatch.setattr(distributed, "process_count", lambda: 4)
+    with pytest.raises(UserError, match="continue_on_save_error=True with 4 processes"):
+        trainer.fit(tiny(train__continue_on_save_error=True, mesh__fsdp=8), tmp_path / "run", None, None)
+    assert not (tmp_path / "run").exists()
