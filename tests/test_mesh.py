@@ -26,6 +26,7 @@ MESHES = {
     "fsdp2_expert2_tensor2": dict(fsdp=2, expert=2, tensor=2),
 }
 RAGGED = ("expert8", "data2_fsdp2_expert2", "fsdp2_expert2_tensor2")  # the others use the ring
+QUICK = ("expert8", "fsdp2_expert2_tensor2")  # trained for 20 steps by default, the others are slow
 STEPS = 20
 
 
@@ -56,7 +57,10 @@ def test_loss_and_gradients_agree(name):
     assert_trees_close(grads, want_grads, 1e-5)
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MESHES],
+)
 def test_twenty_steps_agree(name):
     batches, _, (want_state, want_log) = reference()
     config, mesh = mesh_config(name)
@@ -223,7 +227,7 @@ def test_a_train_step_counts_what_its_buffers_drop():
     assert not log[0]["dropped_L"].any()
 
 
-@pytest.mark.parametrize("dispatch", ["ragged", "ring"])
+@pytest.mark.parametrize("dispatch", ["ragged", pytest.param("ring", marks=pytest.mark.slow)])
 def test_bfloat16_trains_like_float32_to_its_own_accuracy(dispatch):
     """bf16 keeps 8 bits, so losses agree to a fraction of a percent; the mesh's collectives run in bf16 too."""
     batches = [random_batch(tiny(), seed) for seed in range(3)]
