@@ -259,8 +259,10 @@ def test_a_run_goes_on_on_other_devices(tmp_path, changes):
 
 @pytest.mark.slow
 def test_a_run_that_does_not_fit_says_what_fills_the_memory_and_what_would_help(tmp_path, changes):
-    """In an address space of 6 GiB; attention scores of 16,384 positions take more."""
-    changes |= dict(model__max_seq_len=16384, train__seq_len=16384, train__batch_size=1, mesh__fsdp=1)
+    """In an address space of 6 GiB; plain attention's scores of 16,384 positions take more."""
+    changes |= dict(
+        model__attention="plain", model__max_seq_len=16384, train__seq_len=16384, train__batch_size=1, mesh__fsdp=1
+    )
     line = shlex.join(command(tmp_path / "run", **changes))
     out = run(["bash", "-c", f"ulimit -v {6 * 2**20}; exec {line}"], expect=1)
     assert "error: out of memory on a CPU device" in out

@@ -59,6 +59,10 @@ def test_embedding_and_head_are_exact():
     assert in_module(ends, "shard_map", "reduce-scatter", ("fsdp",)) == scattered > 0
 
 
+@pytest.mark.skipif(
+    jax.version.__version_info__ >= (0, 11),
+    reason="later partitioners gather elsewhere; plans compile with requirements-tpu.txt",
+)
 def test_attention_gathers_its_weights():
     """XLA gathers them once for both uses in the backward pass here, and once for each on TPUs, as the formula has it."""
     _, transfers, found, *_ = compiled("full", fsdp=2, expert=4)
