@@ -1,5 +1,6 @@
 """Real training processes: what a signal, a kill or a full disk does can only be seen from outside."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -77,8 +78,11 @@ def members(launcher: subprocess.Popen) -> list[int]:
     ]
     numbers = {}
     for pid in map(int, children):
-        given = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-        numbers[next(int(line.partition("=")[2]) for line in given if line.startswith("MIXTRAL_JAX_PROCESS_ID="))] = pid
+        with contextlib.suppress(OSError):  # it ended in the meantime
+            given = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")  # empty of one that ended
+            for line in given:
+                if line.startswith("MIXTRAL_JAX_PROCESS_ID="):
+                    numbers[int(line.partition("=")[2])] = pid
     return [numbers[i] for i in sorted(numbers)]
 
 

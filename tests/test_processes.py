@@ -4,6 +4,7 @@ Losses are compared as metrics.jsonl has them, with 7 digits, the precision of f
 all-reduce may add in another order, so that the tolerance is 1e-6; between meshes it is 1e-5.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -42,7 +43,8 @@ def launch(cached):
     yield start
     for process in started:
         for pid in members(process) if process.poll() is None else []:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.stop()
 
 
