@@ -6,6 +6,7 @@ all-reduce may add in another order, so that the tolerance is 1e-6; between mesh
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import time
@@ -192,6 +193,8 @@ def test_a_save_that_fails_in_one_process_ends_all_with_its_words(tmp_path, chan
     process.wait(timeout=150)
     out = process.output()
     assert process.returncode == 1, out
-    assert "process 1: error: the checkpoint of step 3 could not be written: [Errno 27] File too large" in out
+    # Python's words or tensorstore's, whichever writes first.
+    wanted = r"process 1: error: the checkpoint of step 3 could not be written: .*(File too large|Failed writing)"
+    assert re.search(wanted, out), out
     assert "ending, because process 1 failed: the checkpoint of step 3 could not be written" in out
     assert steps_in(tmp_path / "run" / "checkpoints") == []
