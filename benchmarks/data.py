@@ -102,7 +102,9 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "corpus.jsonl")
-        keys = dict(mixture=(), streaming=False, max_bad_rows=0, heldout_fraction=0.02, workers=WORKERS, path="")
+        keys = dict(
+            mixture=(), streaming=False, max_bad_rows=0, heldout_fraction=0.02, workers=WORKERS, packing=True, path=""
+        )
         keys |= dict(text_key="text", tokenizer="mistral-v1", cache_dir=str(Path(folder, "cache")))
         texts = [document.text for document in documents(DataConfig(source="stdlib", **keys))]
         write_corpus(path, texts)

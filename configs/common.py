@@ -74,11 +74,29 @@ def base() -> ConfigDict:
             cache_dir="~/.cache/mixtral_jax",
             heldout_fraction=0.02,  # share of documents, by hash of their text, kept for evaluation
             workers=2,  # threads that read ahead
+            packing=True,  # several documents in a row; False: one
+        )
+    )
+    c.dpo = ConfigDict(
+        dict(
+            loss="sigmoid",  # sigmoid | robust | ipo | hinge | sigmoid_norm | simpo (no reference) | apo_zero
+            beta=0.1,  # how far the policy may go from the reference; smaller is farther
+            label_smoothing=0.0,  # share of pairs that are taken to be labelled wrongly (sigmoid and robust)
+            gamma=0.5,  # margin of simpo
+            sft_weight=0.0,  # of the mean loss of the chosen answers' tokens, added to the preference loss
+            reference="precomputed",  # precomputed: its log-probs, once, into a cache | on_the_fly: the starting weights stay in memory
+        )
+    )
+    c.lora = ConfigDict(
+        dict(
+            rank=0,  # R of the adapters; 0: all weights are trained
+            alpha=16.0,  # the adapters' product is scaled by alpha / rank
+            targets=("attention", "experts"),  # and "router"
         )
     )
     c.train = ConfigDict(
         dict(
-            stage="pretrain",
+            stage="pretrain",  # pretrain | sft | dpo
             seed=0,
             steps=1000,
             batch_size=256,  # sequences in one optimizer step, over all devices and accumulation steps
@@ -88,13 +106,14 @@ def base() -> ConfigDict:
             eval_every=500,
             eval_batches=16,  # batches of an evaluation during training; the final one reads the whole held-out split
             sample_every=500,
-            sample_prompt="def ",
+            sample_prompts=("def ",),  # continued; in sft and dpo they are questions and are answered
             sample_tokens=64,
             checkpoint_every=500,
             checkpoints_to_keep=3,  # the latest
             checkpoint_keep_every=0,  # and every checkpoint of a multiple of so many steps; 0: none
             keep_best=True,  # and the one of the lowest held-out loss
             init_from="",  # weights to start from: a workdir, a folder of one step, or hf:DIR; "" is random
+            freeze_router=False,  # the routers keep the weights they start with
             skip_nonfinite=0,  # steps of a run that may be skipped because the loss or the gradient is not finite
             continue_on_save_error=False,  # go on training when a checkpoint cannot be written
             wandb="",  # a Weights & Biases project; "" is off

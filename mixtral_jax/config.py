@@ -131,6 +131,7 @@ class DataConfig:
     cache_dir: str
     heldout_fraction: float
     workers: int
+    packing: bool
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:
@@ -138,11 +139,35 @@ class DataConfig:
         return self.mixture or (SourceConfig(self.source, self.path, self.text_key, self.source, 1.0),)
 
 
+PreferenceLoss = Literal["sigmoid", "robust", "ipo", "hinge", "sigmoid_norm", "simpo", "apo_zero"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DpoConfig:
+    """Direct preference optimization (arXiv 2305.18290) and its relatives; read in the stage dpo only."""
+
+    loss: PreferenceLoss
+    beta: float
+    label_smoothing: float
+    gamma: float
+    sft_weight: float
+    reference: Literal["precomputed", "on_the_fly"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685) on a frozen base; rank 0 trains all weights."""
+
+    rank: int
+    alpha: float
+    targets: tuple[Literal["attention", "experts", "router"], ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Length, batch and rhythm of a run."""
 
-    stage: Literal["pretrain"]
+    stage: Literal["pretrain", "sft", "dpo"]
     seed: int
     steps: int
     batch_size: int
@@ -152,13 +177,14 @@ class TrainConfig:
     eval_every: int
     eval_batches: int
     sample_every: int
-    sample_prompt: str
+    sample_prompts: tuple[str, ...]
     sample_tokens: int
     checkpoint_every: int
     checkpoints_to_keep: int
     checkpoint_keep_every: int
     keep_best: bool
     init_from: str
+    freeze_router: bool
     skip_nonfinite: int
     continue_on_save_error: bool
     wandb: str
@@ -173,6 +199,8 @@ class Config:
     optim: OptimConfig
     mesh: MeshConfig
     data: DataConfig
+    dpo: DpoConfig
+    lora: LoraConfig
     train: TrainConfig
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
@@ -260,6 +288,7 @@ def validate(config: Config) -> None:
     _validate_ranges(config)
     _validate_model(config)
     _validate_optim(config.optim, config.train.steps)
+    _validate_tuning(config)
     data, train = config.data, config.train
     _require(train.seed < 2**32, f"train.seed={train.seed}; seeds from 2**32 = {2**32} on repeat smaller ones")
     _require(
@@ -317,6 +346,8 @@ def _validate_ranges(config: Config) -> None:
         ("loss", "balance_weight router_z_weight z_weight bias_update_rate"),
         ("optim", "learning_rate warmup_steps decay_steps final_lr_ratio weight_decay eps clip_norm"),
         ("data", "max_bad_rows"),
+        ("dpo", "gamma sft_weight"),
+        ("lora", "rank"),
         ("train", "seed eval_every sample_every checkpoint_every checkpoint_keep_every skip_nonfinite"),
     ):
         for key in keys.split():
@@ -386,6 +417,46 @@ def _validate_optim(optim: OptimConfig, steps: int) -> None:
                 1.0 - beta >= 2.0**-8,
                 f"optim.{key}={beta} cannot decay a bfloat16 moment; lower it to 0.996 or set optim.moment_dtype=float32",
             )
+
+
+def _validate_tuning(config: Config) -> None:
+    """Checks what belongs to SFT, DPO and LoRA."""
+    dpo, lora, train = config.dpo, config.lora, config.train
+    tuning = train.stage != "pretrain"
+    _require(
+        not (tuning and config.data.streaming),
+        f"data.streaming=True with train.stage={train.stage}; conversations are packed whole: set data.streaming=False",
+    )
+    smoothing = dpo.label_smoothing
+    _require(
+        0 <= smoothing < 0.5,
+        f"dpo.label_smoothing={smoothing}; it is the share of pairs labelled wrongly and must be at least 0 and less than 0.5",
+    )
+    _require(
+        smoothing == 0 or dpo.loss in ("sigmoid", "robust"),
+        f"dpo.label_smoothing={smoothing} with dpo.loss={dpo.loss}, which has none; set it to 0, or dpo.loss=sigmoid or robust",
+    )
+    _require(dpo.beta > 0, f"dpo.beta={dpo.beta}; it must be positive (0.1 is usual)")
+    _require(lora.rank == 0 or lora.alpha > 0, f"lora.alpha={lora.alpha}; it must be positive (16 is usual)")
+    _require(lora.rank == 0 or lora.targets != (), "lora.targets is empty; name attention, experts or router")
+    twice = sorted({target for target in lora.targets if lora.targets.count(target) > 1})
+    _require(not twice, f"lora.targets names {', '.join(twice)} twice; name each once")
+    _require(
+        lora.rank == 0 or config.loss.bias_update_rate == 0,
+        f"loss.bias_update_rate={config.loss.bias_update_rate} with lora.rank={lora.rank}: the base is frozen, its router_bias too; set the rate to 0",
+    )
+    _require(
+        not (train.freeze_router and lora.rank and "router" in lora.targets),
+        "train.freeze_router=True with router in lora.targets; leave one of them out",
+    )
+    _require(
+        not (train.freeze_router and config.loss.bias_update_rate),
+        f"train.freeze_router=True with loss.bias_update_rate={config.loss.bias_update_rate}, which moves the routers; set the rate to 0",
+    )
+    _require(
+        train.sample_every == 0 or train.sample_prompts != (),
+        "train.sample_prompts is empty; name one, or set train.sample_every=0",
+    )
 
 
 def resolve_mesh(config: Config, num_devices: int) -> Config:

@@ -34,20 +34,20 @@ def draw_report(run: Run) -> None:
 
 
 def draw_sample(run: Run, step: int) -> None:
-    """Continues train.sample_prompt and shows the text."""
+    """Continues train.sample_prompts and shows the texts."""
     train = run.config.train
-    prompt = train.sample_prompt
-    text = sample(
-        run.state.params,
-        run.tokenizer,
-        prompt,
-        max_tokens=train.sample_tokens,
-        temperature=0.7,
-        seed=train.seed + step,
-    )
-    run.write("sample", step, {"text": prompt + text})
-    shown = textwrap.indent(printable(prompt + text), "    | ", lambda line: True)
-    run.progress.note(f"sample at step {step}:\n{shown}")
+    for prompt in train.sample_prompts:
+        text = sample(
+            run.state.params,
+            run.tokenizer,
+            prompt,
+            max_tokens=train.sample_tokens,
+            temperature=0.7,
+            seed=train.seed + step,
+        )
+        run.write("sample", step, {"text": prompt + text})
+        shown = textwrap.indent(printable(prompt + text), "    | ", lambda line: True)
+        run.progress.note(f"sample at step {step}:\n{shown}")
 
 
 def save(run: Run, step: int, data_state: dict, heldout_loss: float | None = None) -> None:

@@ -18,10 +18,10 @@ CONFIGS = sorted(
 
 
 def test_the_list_of_keys_is_frozen():
-    """A new key costs every reader: add it here on purpose, with its line in configs/common.py. The budget is 80."""
+    """A new key costs every reader: add it here on purpose, with its line in configs/common.py. The budget is 90: SFT, DPO and LoRA took ten."""
     frozen = (Path(__file__).parent / "golden" / "config_keys.txt").read_text().split()
     assert key_list() == frozen
-    assert len(frozen) <= 80
+    assert len(frozen) <= 90
 
 
 def test_base_has_every_key_and_no_other():

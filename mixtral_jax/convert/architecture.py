@@ -10,6 +10,8 @@ import numpy as np
 from mixtral_jax.config import (
     Config,
     DataConfig,
+    DpoConfig,
+    LoraConfig,
     LossConfig,
     MeshConfig,
     ModelConfig,
@@ -86,7 +88,12 @@ def run_config(model: ModelConfig, balance_weight: float, tokenizer: str) -> Con
             cache_dir="~/.cache/mixtral_jax",
             heldout_fraction=0.02,
             workers=2,
+            packing=True,
         ),
+        dpo=DpoConfig(
+            loss="sigmoid", beta=0.1, label_smoothing=0.0, gamma=0.5, sft_weight=0.0, reference="precomputed"
+        ),
+        lora=LoraConfig(rank=0, alpha=16.0, targets=("attention", "experts")),
         train=TrainConfig(
             stage="pretrain",
             seed=0,
@@ -98,13 +105,14 @@ def run_config(model: ModelConfig, balance_weight: float, tokenizer: str) -> Con
             eval_every=500,
             eval_batches=16,
             sample_every=500,
-            sample_prompt="def ",
+            sample_prompts=("def ",),
             sample_tokens=64,
             checkpoint_every=500,
             checkpoints_to_keep=3,
             checkpoint_keep_every=0,
             keep_best=True,
             init_from="",
+            freeze_router=False,
             skip_nonfinite=0,
             continue_on_save_error=False,
             wandb="",

@@ -66,7 +66,9 @@ def data_config(arguments: argparse.Namespace, config: Config | None) -> tuple[D
         return config.data, config.train.seq_len
     seq_len = given.pop("seq_len", SEQ_LEN)
     data = DataConfig(
-        **{key: default for key, (default, _) in DEFAULTS.items()} | given | {"mixture": (), "streaming": False}
+        **{key: default for key, (default, _) in DEFAULTS.items()}
+        | given
+        | {"mixture": (), "streaming": False, "packing": True}
     )
     if not 0 < data.heldout_fraction < 1:
         raise UserError(f"--heldout_fraction={data.heldout_fraction}; it must lie between 0 and 1")

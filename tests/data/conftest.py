@@ -33,6 +33,7 @@ def make_data(tmp_path):
             "cache_dir": str(tmp_path / "cache"),
             "heldout_fraction": 0.3,
             "workers": 2,
+            "packing": True,
         }
         return DataConfig(**{**keys, **changes})
 

@@ -189,7 +189,7 @@ class Slow(ByteTokenizer):
 
 if __name__ == "__main__":
     build.SMALLEST_TASK, build.PARALLEL_BYTES, build.cpus = 4000, 1, lambda: 2
-    build_cache(DataConfig("jsonl", sys.argv[1], "text", (), False, 0, "bytes", sys.argv[2], 0.3, 2), Slow())
+    build_cache(DataConfig("jsonl", sys.argv[1], "text", (), False, 0, "bytes", sys.argv[2], 0.3, 2, True), Slow())
 """
 
 
