@@ -33,6 +33,7 @@ ACT_AXES = {
     "K": None,
     "L": None,
     "N": "tensor",
+    "P": None,
     "S": None,
     "T": "context",
     "V": "tensor",
@@ -244,7 +245,7 @@ def unzigzag(x_BT, shards: int):
 def place(batch: dict, mesh: Mesh, start: int = 0, rows: int | None = None) -> dict[str, jax.Array]:
     """Puts a host batch's arrays on the mesh. What is no array stays behind.
 
-    On a mesh with `context` the columns are put in zig-zag order, all fields alike: losses are sums over tokens, and
+    A field's layout is read off its name. On a mesh with `context` the columns of those that end in BT are put in zig-zag order: losses are sums over tokens, and
     positions and segment ids say where a token belongs. `hidden` relies on that order.
 
     Args:
@@ -254,17 +255,17 @@ def place(batch: dict, mesh: Mesh, start: int = 0, rows: int | None = None) -> d
         start: number of the first row that `batch` holds.
         rows: rows of the global batch; default: those of `batch`.
     """
-    sharding = batch_sharding(mesh)
 
-    def put(value_BT):
-        if mesh.shape["context"] > 1:
-            value_BT = value_BT[:, zigzag(value_BT.shape[1], mesh.shape["context"])]
+    def put(name, value):
+        letters = suffix(name)
+        if letters == "BT" and mesh.shape["context"] > 1:
+            value = value[:, zigzag(value.shape[1], mesh.shape["context"])]
 
         def part(index):
             first, stop, _ = index[0].indices(shape[0])
-            return value_BT[first - start : stop - start, index[1]]
+            return value[first - start : stop - start, index[1]]
 
-        shape = (rows or len(value_BT), *value_BT.shape[1:])
-        return jax.make_array_from_callback(shape, sharding, part)
+        shape = (rows or len(value), *value.shape[1:])
+        return jax.make_array_from_callback(shape, batch_sharding(mesh, letters), part)
 
-    return {name: put(value) for name, value in batch.items() if isinstance(value, np.ndarray)}
+    return {name: put(name, value) for name, value in batch.items() if isinstance(value, np.ndarray)}

@@ -5,7 +5,7 @@ from mixtral_jax.data.cache import Corpus, Source, TokenFile, build_cache
 from mixtral_jax.data.corpus import first_documents, open_batches, open_corpus, stream_corpus
 from mixtral_jax.data.loader import Batches
 from mixtral_jax.data.mixture import Mixture, Schedule, Usage
-from mixtral_jax.data.packing import Plan, pack
+from mixtral_jax.data.packing import Plan, pack, pack_pairs
 from mixtral_jax.data.prefetch import prefetch
 from mixtral_jax.data.text import Document, documents, is_heldout
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
@@ -32,6 +32,7 @@ __all__ = [
     "open_batches",
     "open_corpus",
     "pack",
+    "pack_pairs",
     "prefetch",
     "stream_corpus",
     "train_sentencepiece",

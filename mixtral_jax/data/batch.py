@@ -7,16 +7,16 @@ import numpy as np
 from mixtral_jax.data.cache import TokenFile
 from mixtral_jax.data.packing import Plan
 
-# A batch: five arrays of the same shape [rows, seq_len], and under "documents" a list of lists of document ids.
+# A batch: five arrays of the same shape [rows, seq_len], of pairs a sixth, and under "documents" lists of document ids.
 Batch = dict[str, np.ndarray | list[list[str]]]
 
 
 class Packed:
     """Documents and the plan of their rows."""
 
-    def __init__(self, file: TokenFile, plan: Plan):
-        """Takes the plan that was made of file.lengths."""
-        self.file, self.plan = file, plan
+    def __init__(self, file: TokenFile, plan: Plan, first_pair: int = 0):
+        """Takes the plan that was made of file.lengths, and the number of the file's first pair where it holds pairs."""
+        self.file, self.plan, self._first_pair = file, plan, first_pair
         # The same memory: slices of a plain array are cheaper than those of a memmap.
         self._tokens = file.tokens.view(np.ndarray) if isinstance(file.tokens, np.memmap) else file.tokens
         self._count = np.arange(plan.seq_len, dtype=np.int32)
@@ -37,17 +37,26 @@ class Packed:
             tokens_T[at:end], targets_T[at:end] = span[:-1], span[1:]
             positions_T[at:end] = self._count[:length]
             segment_ids_T[at:end] = segment
+            if self.file.weights is not None:
+                batch["loss_weights_BT"][b, at:end] = self.file.weights[first + 1 : first + length + 1]
             at = end
-        batch["loss_weights_BT"][b, :at] = 1
+        if self.file.weights is None:
+            batch["loss_weights_BT"][b, :at] = 1
+        if "pairs_BP" in batch:
+            pairs = documents[0::2] // 2
+            batch["pairs_BP"][b, : len(pairs)] = self._first_pair + pairs + 1
         batch["documents"][b] = [self.file.ids[document] for document in documents.tolist()]
 
 
-def fill(rows: Sequence[tuple[Packed, int] | None], seq_len: int) -> Batch:
+def fill(rows: Sequence[tuple[Packed, int] | None], seq_len: int, pairs: int = 0) -> Batch:
     """Returns a batch of the given rows, each a plan's row or None, an empty one.
 
     Fields: tokens_BT, targets_BT, positions_BT, segment_ids_BT (int32) and loss_weights_BT (float32). Segments are
     numbered from 1 within a row, and positions restart at 0 in each; padding is 0 in all five. `documents` holds the ids
     of each row's documents, in the order of the segments; it stays on the host.
+
+    With `pairs`, the most that a row holds, there is pairs_BP too (int32): segments 2 p + 1 and 2 p + 2 of a row are the
+    chosen and the rejected answer of pair number pairs_BP - 1; 0 is no pair.
     """
     shape = (len(rows), seq_len)
     batch: Batch = {
@@ -58,6 +67,8 @@ def fill(rows: Sequence[tuple[Packed, int] | None], seq_len: int) -> Batch:
         "segment_ids_BT": np.zeros(shape, np.int32),
         "documents": [[] for _ in rows],
     }
+    if pairs:
+        batch["pairs_BP"] = np.zeros((len(rows), pairs), np.int32)
     for b, place in enumerate(rows):
         if place is not None:
             packed, row = place

@@ -13,7 +13,7 @@ from mixtral_jax.data.cache import Corpus, Source, TokenFile, build_cache
 from mixtral_jax.data.loader import Batches
 from mixtral_jax.data.mixture import Mixture, Schedule
 from mixtral_jax.data.once import build_once
-from mixtral_jax.data.packing import pack
+from mixtral_jax.data.packing import pack, pack_pairs
 from mixtral_jax.data.sources import relative_names, source_files
 from mixtral_jax.data.stream import StreamBadRows, read
 from mixtral_jax.data.text import Document, is_heldout
@@ -34,26 +34,23 @@ def open_corpus(data: DataConfig, tokenizer, progress: bool = True) -> Corpus:
 
 
 def open_batches(
-    data: DataConfig, corpus: Corpus, tokenizer, *, batch_size: int, seq_len: int, seed: int
+    data: DataConfig, corpus: Corpus, tokenizer, *, batch_size: int, seq_len: int, seed: int, pairs: bool = False
 ) -> Mixture | StreamedBatches:
-    """Returns the training batches of an open corpus, shuffled.
+    """Returns the training batches of an open corpus, shuffled; with `pairs` its documents come in twos (see pack_pairs).
 
     Raises:
         UserError: a source has nothing to train on, or its weight is too small.
     """
     if data.streaming:
         return StreamedBatches(data, tokenizer, batch_size=batch_size, seq_len=seq_len, seed=seed)
-    parts = [
-        Batches(
-            source.train,
-            pack(source.train.lengths, seq_len),
-            batch_size=batch_size,
-            seq_len=seq_len,
-            seed=seed,
-            source=s,
-        )
-        for s, source in enumerate(corpus.sources)
-    ]
+    planned = pack_pairs if pairs else pack
+    plans = [planned(source.train.lengths, seq_len, one_per_row=not data.packing) for source in corpus.sources]
+    most = max(plan.most_pairs for plan in plans) if pairs else 0
+    parts, first_pair = [], 0
+    for s, (source, plan) in enumerate(zip(corpus.sources, plans)):
+        rows = {"batch_size": batch_size, "seq_len": seq_len, "seed": seed, "source": s}
+        parts.append(Batches(source.train, plan, **rows, pairs=most, first_pair=first_pair))
+        first_pair += len(source.train.ids) // 2
     schedule = Schedule([source.name for source in corpus.sources], [source.weight for source in corpus.sources])
     return Mixture(parts, schedule, batch_size=batch_size)
 

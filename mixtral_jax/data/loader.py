@@ -26,6 +26,8 @@ class Batches:
         seed: int,
         shuffle: bool = True,
         source: int = 0,
+        pairs: int = 0,
+        first_pair: int = 0,
     ):
         """Checks the arguments against each other.
 
@@ -37,6 +39,7 @@ class Batches:
             seed: decides the order of the rows, below 2**32.
             shuffle: False visits the rows in the plan's order.
             source: the place of the source in a mixture; each has an order of its own.
+            pairs: of a plan of pairs, the most that any row of a batch holds; first_pair: the number of the first one.
 
         Raises:
             UserError: the plan has no rows.
@@ -47,7 +50,8 @@ class Batches:
         if not plan.n_rows:
             raise UserError("no document has a token to predict; add text to data.path")
         self.plan, self.batch_size, self.seq_len = plan, batch_size, seq_len
-        self._packed, self._shuffle = Packed(tokens, plan), shuffle
+        self.pairs = pairs
+        self._packed, self._shuffle = Packed(tokens, plan, first_pair), shuffle
         self._order = functools.lru_cache(maxsize=2)(lambda epoch: shuffled(plan.n_rows, seed, source, epoch))
 
     @property
@@ -66,7 +70,7 @@ class Batches:
 
     def rows(self, k: int, start: int, stop: int | None = None) -> Batch:
         """Returns rows start to stop - 1 of global batch k: what one process needs of it (stop None: to the end)."""
-        return fill([self.row(i) for i in global_rows(k, start, stop, self.batch_size)], self.seq_len)
+        return fill([self.row(i) for i in global_rows(k, start, stop, self.batch_size)], self.seq_len, self.pairs)
 
     def row(self, i: int) -> tuple[Packed, int]:
         """Returns where the i-th row of training stands: row i % n_rows of epoch i // n_rows."""
@@ -76,7 +80,7 @@ class Batches:
     def eval_batch(self, k: int, start: int = 0, stop: int | None = None) -> Batch:
         """Returns rows of batch k of one pass in the plan's order; rows beyond the last are empty."""
         rows = global_rows(k, start, stop, self.batch_size)
-        return fill([(self._packed, i) if i < self.n_rows else None for i in rows], self.seq_len)
+        return fill([(self._packed, i) if i < self.n_rows else None for i in rows], self.seq_len, self.pairs)
 
     def eval_batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """Yields every row of the split exactly once, or a process's share of each batch; never shuffled."""

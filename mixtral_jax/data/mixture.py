@@ -92,7 +92,8 @@ class Mixture:
 
     def rows(self, k: int, start: int, stop: int | None = None) -> Batch:
         """Returns rows start to stop - 1 of global batch k: what one process needs of it (stop None: to the end)."""
-        return fill([self._row(i) for i in global_rows(k, start, stop, self.batch_size)], self.seq_len)
+        rows = [self._row(i) for i in global_rows(k, start, stop, self.batch_size)]
+        return fill(rows, self.seq_len, self._parts[0].pairs)
 
     def _row(self, i: int) -> tuple[Packed, int]:
         source, n = self.schedule.place(i)

@@ -31,6 +31,11 @@ class Plan:
         return int(self.span_length.sum())
 
     @property
+    def most_pairs(self) -> int:
+        """Of a plan of pairs: the most that a row holds."""
+        return int(np.diff(self.row_offsets).max(initial=0)) // 2
+
+    @property
     def waste(self) -> float:
         """The share of positions that is padding."""
         return 1 - self.n_tokens / max(1, self.n_rows * self.seq_len)
@@ -65,6 +70,28 @@ def pack(lengths: np.ndarray, seq_len: int, *, one_per_row: bool = False) -> Pla
     order = np.argsort(earliest[row_of], kind="stable")
     row_offsets = np.flatnonzero(np.diff(earliest[row_of][order], prepend=-1, append=len(span_document)))
     return Plan(seq_len, row_offsets, span_document[order], span_start[order], span_length[order])
+
+
+def pack_pairs(lengths: np.ndarray, seq_len: int, *, one_per_row: bool = False) -> Plan:
+    """Plans the rows of pairs: documents 2 i and 2 i + 1 stand side by side in one row, as neighbouring spans.
+
+    Args:
+        lengths, seq_len: see `pack`.
+        one_per_row: give every pair its own row.
+
+    Raises:
+        ValueError: the number of documents is odd, or a pair is longer than a row.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    if len(lengths) % 2:
+        raise ValueError(f"{len(lengths)} documents are no pairs")
+    positions = lengths - 1
+    together = positions[0::2] + positions[1::2]
+    if len(together) and together.max() > seq_len:
+        raise ValueError(f"a pair has {together.max()} positions and a row {seq_len}")
+    plan = pack(together + 1, seq_len, one_per_row=one_per_row)
+    documents = (2 * plan.span_document[:, None] + np.arange(2)).reshape(-1)
+    return Plan(seq_len, 2 * plan.row_offsets, documents, np.zeros_like(documents), positions[documents])
 
 
 def _best_fit(span_length: np.ndarray, seq_len: int) -> np.ndarray:

@@ -27,6 +27,7 @@ class TokenFile:
     offsets: np.ndarray  # [n_documents + 1] int64
     bytes_: np.ndarray  # [n_documents] int64, length of the text in UTF-8
     ids: Sequence[str]  # [n_documents]
+    weights: np.ndarray | None = None  # [n_tokens] float32, the loss weight of each token as a target; None: all 1
 
     @property
     def lengths(self) -> np.ndarray:
@@ -157,7 +158,14 @@ def join(files: Sequence[TokenFile]) -> TokenFile:
         np.concatenate([np.zeros(1, np.int64), *offsets]),
         np.concatenate([file.bytes_ for file in files]),
         _Joined([file.ids for file in files]),
+        _joined_weights(files),
     )
+
+
+def _joined_weights(files: Sequence[TokenFile]) -> np.ndarray | None:
+    if all(file.weights is None for file in files):
+        return None
+    return np.concatenate([np.ones(len(f.tokens), np.float32) if f.weights is None else f.weights for f in files])
 
 
 def map_array(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
