@@ -2,6 +2,8 @@
 
 from mixtral_jax.data.batch import Batch
 from mixtral_jax.data.cache import Corpus, Source, TokenFile, build_cache
+from mixtral_jax.data.chat import encode_chat, encode_conversation
+from mixtral_jax.data.chat_corpus import open_chat_corpus
 from mixtral_jax.data.corpus import first_documents, open_batches, open_corpus, stream_corpus
 from mixtral_jax.data.loader import Batches
 from mixtral_jax.data.mixture import Mixture, Schedule, Usage
@@ -26,10 +28,13 @@ __all__ = [
     "Usage",
     "build_cache",
     "documents",
+    "encode_chat",
+    "encode_conversation",
     "first_documents",
     "is_heldout",
     "load_tokenizer",
     "open_batches",
+    "open_chat_corpus",
     "open_corpus",
     "pack",
     "pack_pairs",

@@ -90,7 +90,7 @@ def build_shards(folder: Path, tasks: Sequence[Task], job: Job, progress: bool, 
     run = _in_processes if workers > 1 else _in_this_process
     todo = [(shard_path(folder, i), tasks[i]) for i in missing]
     # Closing ends the processes before an error leaves here, and with it the lock.
-    with _Shown(size, progress) as shown, contextlib.closing(run(todo, job, workers, shown)) as results:
+    with Shown(size, progress) as shown, contextlib.closing(run(todo, job, workers, shown)) as results:
         for bad in results:
             bad_count += len(bad)
             if bad_count > job.max_bad_rows:
@@ -121,12 +121,12 @@ def _keep(path: Path, task: Task, verify: bool, complete: bool) -> dict | None:
     return None
 
 
-def _in_this_process(todo: list, job: Job, workers: int, shown: "_Shown") -> Iterator[list]:
+def _in_this_process(todo: list, job: Job, workers: int, shown: "Shown") -> Iterator[list]:
     for path, task in todo:
         yield write_shard(path, task, job, job.tokenizer.encode_many, shown.add)
 
 
-def _in_processes(todo: list, job: Job, workers: int, shown: "_Shown") -> Iterator[list]:
+def _in_processes(todo: list, job: Job, workers: int, shown: "Shown") -> Iterator[list]:
     """Yields the bad rows of shards as they are done, each written by a process; nothing else comes back."""
     # Not fork: the parent may run JAX, whose threads would not survive it.
     context = multiprocessing.get_context("spawn")
@@ -187,8 +187,8 @@ def _run_worker(path: Path, task: Task) -> list:
     return write_shard(path, task, job, lambda texts: map(job.tokenizer.encode_array, texts), tick)
 
 
-class _Shown(contextlib.AbstractContextManager):
-    """A bar on a terminal, a line now and then elsewhere, or nothing."""
+class Shown(contextlib.AbstractContextManager):
+    """How far tokenising is: a bar on a terminal, a line now and then elsewhere, or nothing."""
 
     def __init__(self, total: int, progress: bool):
         self._total, self._lines, self._done = total, progress and not sys.stderr.isatty(), 0

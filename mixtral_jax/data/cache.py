@@ -49,6 +49,7 @@ class Corpus:
 
     sources: tuple[Source, ...]
     key: str = ""
+    report: dict | None = None  # of conversations and pairs: what was kept and what was left out, see chat_corpus.py
 
     @functools.cached_property
     def train(self) -> TokenFile:
@@ -94,7 +95,7 @@ def build_cache(data: DataConfig, tokenizer, progress: bool = True, verify: bool
         raise ValueError("the corpus is streamed")
     skipped = BadRows(data.max_bad_rows)
     opened = [_open_or_build(data, source, tokenizer, skipped, progress, verify) for source in data.sources]
-    _require_both(data, [each.index for each in opened])
+    require_both(data, [each.index for each in opened])
     pairs = list(zip(data.sources, opened))
     key = hashlib.sha256(repr([each.key for each in opened]).encode()).hexdigest()[:32]
     return Corpus(tuple(Source(source.name, source.weight, each.train, each.heldout) for source, each in pairs), key)
@@ -199,10 +200,15 @@ def _no_room(folder: Path, tasks: list[Task], job: Job) -> UserError:
     )
 
 
-def _require_both(data: DataConfig, indices: list[dict]) -> None:
+def require_both(data: DataConfig, indices: list[dict], what: str = "documents") -> None:
     """Refuses a corpus without held-out documents or a source without training documents, with a fraction that works.
 
     A source without held-out documents is fine in a mixture: the others are evaluated.
+
+    Args:
+        data: the corpus.
+        indices: of each source the `positions`, the first and the last of its documents, and the counts of its `shards`.
+        what: how errors call the documents.
     """
     fraction = data.heldout_fraction
     low = min(index["positions"][0] for index in indices)
@@ -214,13 +220,14 @@ def _require_both(data: DataConfig, indices: list[dict]) -> None:
     count = sum(_total(index, split, "documents") for index in indices for split in SPLITS)
     who = f" of {data.sources[highest.index(high)].name}" if empty == "training" and data.mixture else ""
     if low >= high:
-        fix = "add different documents (one file of data.source=text is one document)"
+        one = "one file of data.source=text is one document" if what == "documents" else "the prompt decides the split"
+        fix = f"add different {what} ({one})"
     else:
         # Hold out as little as possible, or leave as little as possible to hold out; never more digits than needed.
         edge = low if fraction <= low else high
-        fix = f"set data.heldout_fraction={_between(low, high, edge)}, or add documents"
+        fix = f"set data.heldout_fraction={_between(low, high, edge)}, or add {what}"
     raise UserError(
-        f"data.heldout_fraction={fraction} leaves the {empty} split{who} empty: there are {count} documents; {fix}"
+        f"data.heldout_fraction={fraction} leaves the {empty} split{who} empty: there are {count} {what}; {fix}"
     )
 
 

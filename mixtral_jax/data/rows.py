@@ -6,13 +6,13 @@ A row is a number and a text; a row that cannot be read is a number and a reason
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mixtral_jax.config import SourceConfig, UserError
 from mixtral_jax.data.bad_rows import Unreadable, check_text, no_key
-from mixtral_jax.data.tables import group_sizes, read_table
+from mixtral_jax.data.tables import group_sizes, read_table, read_table_records
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +72,24 @@ def read(part: Part, text_key: str) -> Iterator[Row]:
         if part.kind in ("stdlib", "text"):
             yield from _read_file(part)
         elif part.kind == "jsonl":
-            yield from _read_lines(part, text_key)
+            for number, line in _read_lines(part):
+                yield number, _json_text(line, text_key) if line else None
         else:
             yield from read_table(part.kind, part.name, part.path, part.begin, part.end, text_key)
+
+
+def read_records(part: Part, keys: Sequence[str]) -> Iterator[tuple[int, dict | Unreadable | None]]:
+    """Yields (number from 1 within the part, record); None is a blank line. Of a table's row only `keys` have values.
+
+    Raises:
+        UserError: the file is gone or is not readable as its format.
+    """
+    with _readable(part.name):
+        if part.kind == "jsonl":
+            for number, line in _read_lines(part):
+                yield number, _json_record(line, keys[0]) if line else None
+        else:
+            yield from read_table_records(part.kind, part.name, part.path, part.begin, part.end, keys)
 
 
 def rows_before(part: Part) -> int:
@@ -132,19 +147,27 @@ def _read_file(part: Part) -> Iterator[Row]:
             yield 0, Unreadable(f"is not UTF-8 ({what}); convert it or leave it out of data.path")
 
 
-def _read_lines(part: Part, text_key: str) -> Iterator[Row]:
+def _read_lines(part: Part) -> Iterator[tuple[int, bytes]]:
+    """Yields (number from 1, line), the line empty if it is blank."""
     # Bytes, so that a line ends at \n only: text mode would also count others, and editors would disagree.
     with open(part.path, "rb", buffering=READ_BYTES) as file:
         file.seek(part.begin)
         left = part.end - part.begin
         for number, line in enumerate(file, 1):
-            yield number, _json_text(line, text_key) if line.strip() else None
+            yield number, line if line.strip() else b""
             left -= len(line)
             if left <= 0:
                 return
 
 
 def _json_text(line: bytes, text_key: str) -> str | Unreadable:
+    record = _json_record(line, text_key)
+    if isinstance(record, Unreadable):
+        return record
+    return check_text(record[text_key], text_key) if text_key in record else no_key(record, text_key)
+
+
+def _json_record(line: bytes, example: str) -> dict | Unreadable:
     try:
         record = json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -155,6 +178,6 @@ def _json_text(line: bytes, text_key: str) -> str | Unreadable:
         return Unreadable(f"not JSON ({error}); each line must be one JSON object")
     if not isinstance(record, dict):
         return Unreadable(
-            f"a JSON {type(record).__name__}; each line must be one JSON object, such as {{{text_key!r}: ...}}"
+            f"a JSON {type(record).__name__}; each line must be one JSON object, such as {{{example!r}: ...}}"
         )
-    return check_text(record[text_key], text_key) if text_key in record else no_key(record, text_key)
+    return record

@@ -3,7 +3,7 @@
 Read by pyarrow rather than `datasets`: local files are then read without a thought of the network, and piece by piece.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from mixtral_jax.config import UserError
 from mixtral_jax.data.bad_rows import Unreadable, check_text, no_key
@@ -36,7 +36,9 @@ def read_table(
         UserError: the file is not readable as its format.
     """
     if kind == "parquet":
-        batches = _parquet_batches(name, path, begin, end, text_key)
+        # Without the key any rows will do: they are only counted, and the message names what is there.
+        columns = [text_key] if text_key in _open_parquet(name, path).schema_arrow.names else None
+        batches = _parquet_batches(name, path, begin, end, columns)
     else:
         batches = _record_batches(name, path, begin, end)
     number = 0
@@ -49,6 +51,46 @@ def read_table(
             for text in texts or (no_key(keys, text_key) for _ in rows):
                 number += 1
                 yield number, text
+
+
+def read_table_records(
+    kind: str, name: str, path: str, begin: int, end: int, keys: Sequence[str]
+) -> Iterator[tuple[int, dict | Unreadable]]:
+    """Yields (number from 1, record) of the rows in row groups or record batches begin to end - 1.
+
+    Args:
+        kind, name, path, begin, end: see read_table.
+        keys: the columns to read; the others stand in a record without their values, as None.
+
+    Raises:
+        UserError: the file is not readable as its format.
+    """
+    if kind == "parquet":
+        names = _open_parquet(name, path).schema_arrow.names
+        batches = _parquet_batches(name, path, begin, end, [key for key in names if key in keys] or None)
+    else:
+        names, batches = None, _record_batches(name, path, begin, end, nested=True)
+    number = 0
+    for batch in batches:
+        blank = dict.fromkeys(names or batch.schema.names)
+        wanted = batch.select([i for i, key in enumerate(batch.schema.names) if key in keys])
+        for start in range(0, batch.num_rows, ROWS):
+            rows = wanted.slice(start, ROWS)
+            for i in range(min(ROWS, batch.num_rows - start)):
+                number += 1
+                yield number, _record(rows, i, blank)
+
+
+def _record(rows, i: int, blank: dict) -> dict | Unreadable:
+    record = dict(blank)
+    for key, column in zip(rows.schema.names, rows.columns):
+        try:
+            record[key] = column[i].as_py()
+        except UnicodeDecodeError as error:  # Arrow does not check its strings
+            return Unreadable(f"{key!r} holds invalid UTF-8 ({error.reason} at byte {error.start}); remove the row")
+        except (ValueError, OverflowError) as error:  # a time that Python has no date for
+            return Unreadable(f"{key!r} cannot be read ({error}); remove the row")
+    return record
 
 
 def _strings(column, text_key: str) -> Iterator[str | Unreadable]:
@@ -74,12 +116,10 @@ def _open_parquet(name: str, path: str):
         raise _unreadable_table(name, "Parquet", error) from error
 
 
-def _parquet_batches(name: str, path: str, begin: int, end: int, text_key: str) -> Iterator:
+def _parquet_batches(name: str, path: str, begin: int, end: int, columns: list[str] | None) -> Iterator:
     import pyarrow
 
     file = _open_parquet(name, path)
-    # Without the key any rows will do: they are only counted, and the message names what is there.
-    columns = [text_key] if text_key in file.schema_arrow.names else None
     groups = list(range(begin, end))
     try:
         yield from file.iter_batches(batch_size=ROWS, row_groups=groups, columns=columns)
@@ -87,8 +127,8 @@ def _parquet_batches(name: str, path: str, begin: int, end: int, text_key: str) 
         raise _unreadable_table(name, "Parquet", error) from error
 
 
-def _record_batches(name: str, path: str, begin: int, end: int | None) -> Iterator:
-    """Yields record batches begin to end - 1 of an Arrow file or stream, mapped into memory."""
+def _record_batches(name: str, path: str, begin: int, end: int | None, nested: bool = False) -> Iterator:
+    """Yields record batches begin to end - 1 of an Arrow file or stream, mapped into memory; `nested`: see _checked."""
     import pyarrow.ipc
 
     try:
@@ -102,16 +142,20 @@ def _record_batches(name: str, path: str, begin: int, end: int | None) -> Iterat
                     if end is not None and i >= end:
                         return
                     if i >= begin:
-                        yield _checked(batch)
+                        yield _checked(batch, nested)
             else:
                 for i in range(begin, reader.num_record_batches if end is None else end):
-                    yield _checked(reader.get_batch(i))
+                    yield _checked(reader.get_batch(i), nested)
     except (pyarrow.ArrowException, OSError, SystemError, UnicodeDecodeError) as error:  # the last two of metadata
         raise _unreadable_table(name, "Arrow", error) from error
 
 
-def _checked(batch):
+def _checked(batch, nested: bool):
     """Returns a record batch whose buffers can be read: Arrow trusts a file, and damage would end the process.
+
+    Args:
+        batch: the record batch.
+        nested: check columns of all types, lists and structs too; else those of strings.
 
     Raises:
         pyarrow.ArrowInvalid: a length or an offset points to outside of the batch.
@@ -125,7 +169,26 @@ def _checked(batch):
             column.cast(pyarrow.binary()).validate(full=True)
         elif pyarrow.types.is_large_string(column.type):
             column.cast(pyarrow.large_binary()).validate(full=True)
+        elif nested:
+            column.view(_as_bytes(column.type)).validate(full=True)
     return batch
+
+
+def _as_bytes(kind):
+    """The type of the same memory with bytes for strings, inside of lists and structs too."""
+    import pyarrow
+
+    if pyarrow.types.is_string(kind):
+        return pyarrow.binary()
+    if pyarrow.types.is_large_string(kind):
+        return pyarrow.large_binary()
+    if pyarrow.types.is_list(kind):
+        return pyarrow.list_(_as_bytes(kind.value_type))
+    if pyarrow.types.is_large_list(kind):
+        return pyarrow.large_list(_as_bytes(kind.value_type))
+    if pyarrow.types.is_struct(kind):
+        return pyarrow.struct([(field.name, _as_bytes(field.type)) for field in kind])
+    return kind
 
 
 def _unreadable_table(name: str, kind: str, error: Exception) -> UserError:

@@ -176,6 +176,10 @@ class SentencePieceTokenizer:
         """Whether this is a control piece, which no text encodes to: `[INST]` is one from Mistral's v2 tokenizer on."""
         return self._processor.IsControl(self._processor.PieceToId(piece))
 
+    def piece_id(self, piece: str) -> int:
+        """The id of a piece, that of the unknown piece if there is none."""
+        return self._processor.PieceToId(piece)
+
     def save(self, folder: str | Path) -> None:
         _write(Path(folder, MODEL_FILE), self._model)
 
