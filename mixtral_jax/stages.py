@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from mixtral_jax import losses, preference
 from mixtral_jax.config import Config
-from mixtral_jax.data import Corpus, Mixture, StreamedBatches, open_batches, open_corpus
+from mixtral_jax.data import Corpus, Mixture, StreamedBatches, open_batches, open_chat_corpus, open_corpus
 
 
 class Stage(NamedTuple):
