@@ -61,8 +61,9 @@ def draw_sample(run: Run, step: int) -> None:
         seed=train.seed + step,
         message=chat,
     )
-    for prompt, text in zip(train.sample_prompts, texts):
-        run.write("sample", step, {"prompt": prompt, "answer": text} if chat else {"text": prompt + text})
+    for number, (prompt, text) in enumerate(zip(train.sample_prompts, texts), 1):
+        values = {"prompt": prompt, "answer": text} if chat else {"text": prompt + text}
+        run.write("sample", step, values | {"number": number})
         shown = f"{prompt}\n> {text}" if chat else prompt + text
         shown = textwrap.indent(printable(shown), "    | ", lambda line: True)
         run.progress.note(f"{'answer' if chat else 'sample'} at step {step}:\n{shown}")

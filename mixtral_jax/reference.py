@@ -81,6 +81,9 @@ def open_reference(config: Config, corpus, fingerprints: dict[str, str], weights
         path = _path(config, corpus, fingerprints, split)
         done, log_probs = _read(path, len(file.ids) // 2)
         if done is not None:
+            pairs = len(file.ids) // 2
+            rest = f", from batch {done} on" if done else ""
+            note(f"computing the reference's log-probabilities of {pairs:,} pairs ({split}), once{rest} ...")
             held = held or [weights()]
             log_probs = _compute(config, file, held[0], mesh, path, done, log_probs, split)
         else:
