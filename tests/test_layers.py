@@ -37,6 +37,7 @@ LAYERS = [
         "report",
         "panels",
         "time_panels",
+        "tuning_panels",
         "plan",
     },
     {"cli", "launch"},
