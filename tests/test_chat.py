@@ -1,15 +1,11 @@
-"""Chat: mistral-common's ids, the answer as a message, and the loop on a terminal."""
+"""Chat: the answer as a message, and the loop on a terminal. Ids are tested in data/test_chat_ids.py."""
 
 import io
-import random
 from pathlib import Path
 
 import jax.numpy as jnp
 import mistral_common
 import pytest
-from mistral_common.exceptions import MistralCommonException
-from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
-from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from mixtral_jax.checkpoint import Checkpoints
@@ -23,7 +19,6 @@ from tests.test_decode import byte_model
 from tests.test_sampling import scripted
 
 DATA = Path(mistral_common.__file__).parent / "data"
-KINDS = {"user": UserMessage, "assistant": AssistantMessage, "system": SystemMessage}
 TEXTS = [
     "Hello",
     "How?",
@@ -53,11 +48,6 @@ def talk(*turns: str) -> list[dict]:
     return [dict(zip(("role", "content"), turn.split(" ", 1))) for turn in turns]
 
 
-def theirs(mistral, messages: list[dict]) -> list[int]:
-    said = [KINDS[m["role"]](content=m["content"]) for m in messages]
-    return mistral.encode_chat_completion(ChatCompletionRequest(messages=said)).tokens
-
-
 def test_the_tokenizer_has_mistral_commons_ids(v1, mistral):
     encode = mistral.instruct_tokenizer.tokenizer.encode
     sources = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))[:8]]
@@ -65,56 +55,13 @@ def test_the_tokenizer_has_mistral_commons_ids(v1, mistral):
         assert v1.encode(text) == encode(text, bos=False, eos=False), repr(text[:200])
 
 
-def test_a_conversation_has_the_published_ids(v1):
-    ids = encode_chat(v1, talk("user Hello", "assistant Hi there", "user How?"))
-    head = [1, 733, 16289, 28793, 22557, 733, 28748, 16289, 28793, 15359, 736, 2]
-    assert ids == [*head, 733, 16289, 28793, 1602, 28804, 733, 28748, 16289, 28793]
-
-
-def test_ids_are_those_of_mistral_common(v1, mistral):
-    rng = random.Random(0)
-    same = refused = 0
-    for _ in range(600):
-        roles = rng.choices(("user", "assistant", "system"), (4, 3, 1), k=rng.randint(1, 6))
-        messages = [{"role": role, "content": rng.choice(TEXTS)} for role in roles]
-        try:
-            ids = encode_chat(v1, messages)
-        except UserError:
-            refused += 1
-            continue
-        assert ids == theirs(mistral, messages), messages
-        same += 1
-    assert same > 150
-    assert refused > 150
-
-
-def test_what_mistral_common_refuses_is_refused(v1, mistral):
-    for messages in (
-        [],
-        talk("assistant hm"),
-        talk("user a", "assistant b"),
-        talk("user a", "assistant ", "user c"),
-        talk("user a", "assistant b", "system s", "user c"),
-    ):
-        with pytest.raises(UserError):
-            encode_chat(v1, messages)
-        if messages:
-            with pytest.raises(MistralCommonException):
-                theirs(mistral, messages)
-    with pytest.raises(UserError, match="role 'tool'"):
-        encode_chat(v1, talk("user a", "tool x", "user c"))
-
-
-def test_a_tokenizer_of_a_later_format_is_refused(tmp_path, capsys):
-    later = next(path for path in DATA.iterdir() if path.name.endswith(".model.v3"))
-    tokenizer = SentencePieceTokenizer(later.read_bytes(), later.name)
-    with pytest.raises(UserError, match="knows v1 only"):
-        encode_chat(tokenizer, talk("user Hello"))
-    # By the command before weights are read: here there are none.
+def test_a_tokenizer_of_a_later_format_is_refused_by_the_command(tmp_path, capsys):
+    """Before weights are read: here there are none."""
+    later = next(path for path in DATA.iterdir() if path.name.endswith(".model.v7"))
     (tmp_path / "checkpoints" / "1" / "params").mkdir(parents=True)
-    tokenizer.save(tmp_path / "tokenizer")
+    SentencePieceTokenizer(later.read_bytes(), later.name).save(tmp_path / "tokenizer")
     assert main([f"--checkpoint={tmp_path}", "--chat"]) == 2
-    assert "knows v1 only" in capsys.readouterr().err
+    assert "format v7 or later" in capsys.readouterr().err
 
 
 def drained(pieces):
