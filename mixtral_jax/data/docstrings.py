@@ -54,25 +54,9 @@ QUESTIONS = {
 # No sentence about the object: a reference, a call with its value, or about a name that nobody should use.
 NO_SUMMARY = re.compile(r"\b(deprecated|obsolete)\b|^(alias|synonym)\b|^(see|internal)\b|>>>|->", re.IGNORECASE)
 WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
-COMMON = {
-    "the",
-    "and",
-    "for",
-    "with",
-    "from",
-    "that",
-    "this",
-    "are",
-    "not",
-    "what",
-    "does",
-    "function",
-    "method",
-    "class",
-    "property",
-    "module",
-    "use",
-}
+COMMON = set(
+    re.findall(r"\w+", "the and for with from that this are not what does function method class property module")
+)
 
 
 class Entry(NamedTuple):
