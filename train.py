@@ -1,4 +1,4 @@
-"""Train a Mixtral: pretraining (SFT and DPO come with their own configs).
+"""Train a Mixtral: pretraining, supervised fine-tuning (SFT), direct preference optimization (DPO).
 
     python train.py --config=configs/tiny.py --workdir=runs/tiny
     python train.py --config=configs/mixtral_8x7b.py --workdir=runs/8x7b --config.optim.learning_rate=1e-4
@@ -31,7 +31,7 @@ def main() -> None:
 
     compilation_cache.enable()
     cli.join_processes()
-    trainer.fit(config, _WORKDIR.value, evals.Perplexity, evals.baselines, profile)
+    trainer.fit(config, _WORKDIR.value, evals.heldout, evals.baselines, profile)
 
 
 if __name__ == "__main__":

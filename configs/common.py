@@ -58,6 +58,7 @@ def base() -> ConfigDict:
             eps=1e-8,
             clip_norm=1.0,  # 0: no clipping
             moment_dtype="float32",
+            freeze_router=False,  # the routers keep the weights they start with
             offload=False,  # keep the moments in host memory (accelerators only)
         )
     )
@@ -113,7 +114,6 @@ def base() -> ConfigDict:
             checkpoint_keep_every=0,  # and every checkpoint of a multiple of so many steps; 0: none
             keep_best=True,  # and the one of the lowest held-out loss
             init_from="",  # weights to start from: a workdir, a folder of one step, or hf:DIR; "" is random
-            freeze_router=False,  # the routers keep the weights they start with
             skip_nonfinite=0,  # steps of a run that may be skipped because the loss or the gradient is not finite
             continue_on_save_error=False,  # go on training when a checkpoint cannot be written
             wandb="",  # a Weights & Biases project; "" is off

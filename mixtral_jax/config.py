@@ -84,6 +84,7 @@ class OptimConfig:
     eps: float
     clip_norm: float
     moment_dtype: Literal["float32", "bfloat16"]
+    freeze_router: bool
     offload: bool
 
 
@@ -184,7 +185,6 @@ class TrainConfig:
     checkpoint_keep_every: int
     keep_best: bool
     init_from: str
-    freeze_router: bool
     skip_nonfinite: int
     continue_on_save_error: bool
     wandb: str
@@ -421,7 +421,7 @@ def _validate_optim(optim: OptimConfig, steps: int) -> None:
 
 def _validate_tuning(config: Config) -> None:
     """Checks what belongs to SFT, DPO and LoRA."""
-    dpo, lora, train = config.dpo, config.lora, config.train
+    dpo, lora, optim, train = config.dpo, config.lora, config.optim, config.train
     tuning = train.stage != "pretrain"
     _require(
         not (tuning and config.data.streaming),
@@ -446,12 +446,12 @@ def _validate_tuning(config: Config) -> None:
         f"loss.bias_update_rate={config.loss.bias_update_rate} with lora.rank={lora.rank}: the base is frozen, its router_bias too; set the rate to 0",
     )
     _require(
-        not (train.freeze_router and lora.rank and "router" in lora.targets),
-        "train.freeze_router=True with router in lora.targets; leave one of them out",
+        not (optim.freeze_router and lora.rank and "router" in lora.targets),
+        "optim.freeze_router=True with router in lora.targets; leave one of them out",
     )
     _require(
-        not (train.freeze_router and config.loss.bias_update_rate),
-        f"train.freeze_router=True with loss.bias_update_rate={config.loss.bias_update_rate}, which moves the routers; set the rate to 0",
+        not (optim.freeze_router and config.loss.bias_update_rate),
+        f"optim.freeze_router=True with loss.bias_update_rate={config.loss.bias_update_rate}, which moves the routers; set the rate to 0",
     )
     _require(
         train.sample_every == 0 or train.sample_prompts != (),

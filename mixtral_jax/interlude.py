@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from mixtral_jax import distributed, metrics, report
 from mixtral_jax.checkpoint import SaveError
-from mixtral_jax.generate import sample
+from mixtral_jax.generate import encode_chat, sample
 from mixtral_jax.jsonl import read_jsonl
 from mixtral_jax.progress import printable
 from mixtral_jax.resume import identity
@@ -15,9 +15,9 @@ from mixtral_jax.run import Run, session_line, store
 
 def evaluate(run: Run, step: int) -> float:
     """Scores some held-out batches, draws the report, returns the loss in nats per token."""
-    found = run.heldout(run.state.params, run.config.train.eval_batches)
-    run.write("heldout", step, {name: found[name] for name in ("loss", "bits_per_byte")})
-    run.progress.note(f"held-out at step {step}: loss {found['loss']:.4f}, {found['bits_per_byte']:.4f} bits per byte")
+    found = run.heldout(run.state.params, run.config.train.eval_batches, run.frozen)
+    run.write("heldout", step, _kept(found))
+    run.progress.note(f"held-out at step {step}: {_in_words(found)}")
     draw_report(run)
     return found["loss"]
 
@@ -33,21 +33,40 @@ def draw_report(run: Run) -> None:
     run.publish()
 
 
-def draw_sample(run: Run, step: int) -> None:
-    """Continues train.sample_prompts and shows the texts."""
-    train = run.config.train
-    for prompt in train.sample_prompts:
-        text = sample(
-            run.state.params,
-            run.tokenizer,
-            prompt,
-            max_tokens=train.sample_tokens,
-            temperature=0.7,
-            seed=train.seed + step,
+def _kept(found: dict[str, float]) -> dict[str, float]:
+    """What the metrics keep of an evaluation; perplexity follows from the loss, and counts stand in the final line."""
+    return {name: value for name, value in found.items() if name not in ("perplexity", "tokens", "pairs")}
+
+
+def _in_words(found: dict[str, float]) -> str:
+    if "accuracy" in found:
+        return (
+            f"loss {found['loss']:.4f}, reward accuracy {found['accuracy']:.1%} ({found['accuracy_low']:.1%} to "
+            f"{found['accuracy_high']:.1%} of {found['pairs']} pairs), margin {found['margin']:.4f}"
         )
-        run.write("sample", step, {"text": prompt + text})
-        shown = textwrap.indent(printable(prompt + text), "    | ", lambda line: True)
-        run.progress.note(f"sample at step {step}:\n{shown}")
+    return f"loss {found['loss']:.4f}, {found['bits_per_byte']:.4f} bits per byte"
+
+
+def draw_sample(run: Run, step: int) -> None:
+    """Continues train.sample_prompts, or in SFT and DPO answers them, and shows the texts."""
+    train = run.config.train
+    chat = train.stage != "pretrain"
+    questions = [{"role": "user", "content": prompt} for prompt in train.sample_prompts]
+    texts = sample(
+        run.model,
+        run.tokenizer,
+        [encode_chat(run.tokenizer, [question]) for question in questions] if chat else train.sample_prompts,
+        max_tokens=train.sample_tokens,
+        temperature=0.0 if chat else 0.7,  # answers of one run are compared with each other
+        seed=train.seed + step,
+        message=chat,
+    )
+    for number, (prompt, text) in enumerate(zip(train.sample_prompts, texts), 1):
+        values = {"prompt": prompt, "answer": text} if chat else {"text": prompt + text}
+        run.write("sample", step, values | {"number": number})
+        shown = f"{prompt}\n> {text}" if chat else prompt + text
+        shown = textwrap.indent(printable(shown), "    | ", lambda line: True)
+        run.progress.note(f"{'answer' if chat else 'sample'} at step {step}:\n{shown}")
 
 
 def save(run: Run, step: int, data_state: dict, heldout_loss: float | None = None) -> None:
@@ -62,6 +81,8 @@ def save(run: Run, step: int, data_state: dict, heldout_loss: float | None = Non
         "heldout_loss": heldout_loss,
         "productive_seconds": run.goodput.productive_seconds,
     }
+    if run.frozen_meta is not None:
+        meta["frozen"] = run.frozen_meta
     if distributed.speaks() and not (run.workdir / "config.json").exists():
         with contextlib.suppress(OSError):  # the folder vanished; if it cannot be made again, the save says so
             run.workdir.mkdir(parents=True, exist_ok=True)
@@ -103,14 +124,14 @@ def finish(run: Run, baselines: Callable, values: dict | None) -> dict[str, floa
     """The last words: the whole held-out split, the baselines, the routers' health, the report."""
     steps = run.config.train.steps
     run.progress.note("evaluating on the whole held-out split ...")
-    found = run.heldout(run.state.params, None)
-    final = {name: found[name] for name in ("loss", "bits_per_byte", "tokens")}
+    found = run.heldout(run.state.params, None, run.frozen)
+    final = {name: value for name, value in found.items() if name != "perplexity"}
     if not distributed.speaks():
         watch_saves(run, run.checkpoints.finish)
         return final
     final |= baselines(run.config, run.corpus)
     if not _is_written(run, "heldout", steps):  # else the run was stopped between this line and the next
-        run.write("heldout", steps, {name: found[name] for name in ("loss", "bits_per_byte")})
+        run.write("heldout", steps, _kept(found))
     run.write("final", steps, final)
     if values is not None:
         run.progress.note(metrics.router_table(values["load_LE"], values["entropy_L"], values["dropped_L"]))
@@ -124,7 +145,9 @@ def finish(run: Run, baselines: Callable, values: dict | None) -> dict[str, floa
 
 
 def _verdict(final: dict[str, float]) -> str:
-    """The comparison a person looks for: ours against the n-gram models on the same text."""
+    """The comparison a person looks for: ours against the n-gram models on the same text; answers and pairs in words."""
+    if "unigram_bits_per_byte" not in final:
+        return f"held-out: {_in_words(final)}"
     rows = [
         (name, final[f"{name}_bits_per_byte"]) for name in ("unigram", "bigram") if f"{name}_bits_per_byte" in final
     ]

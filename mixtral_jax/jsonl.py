@@ -9,10 +9,13 @@ Every line has "kind", "step" and "time" (seconds since 1970); the rest depends 
              data_wait_seconds, step_seconds, compile_seconds, checkpoint_seconds, eval_seconds, sample_seconds and
              other_seconds: averages over the steps since the last line; their sum is a step's wall time (timing.py);
              goodput: share of the wall time since the first session that went into steps that count, 0..1;
+             of DPO also preference_loss, rewards/chosen, /rejected, /margins, /accuracies and logps/chosen, /rejected
+             (preference.py: pair_terms), token_loss being that of the chosen answers;
              and per layer: load_LE (share of the assignments), entropy_L (nats), dropped_L (share), max_over_mean_L
-    heldout  loss (nats per token), bits_per_byte
-    sample   text
-    final    loss, tokens, bits_per_byte, unigram_bits_per_byte, bigram_bits_per_byte, baseline_tokens
+    heldout  loss (nats per token), bits_per_byte; of DPO loss (the preference loss), accuracy with its 95% interval
+             accuracy_low to accuracy_high, margin, chosen_reward, rejected_reward, chosen_logp, rejected_logp
+    sample   number of the prompt, text; of SFT and DPO prompt and answer
+    final    as heldout, and tokens or pairs; of pretraining unigram_bits_per_byte, bigram_bits_per_byte, baseline_tokens
 """
 
 import json

@@ -21,13 +21,25 @@ class Totals(NamedTuple):
 
     weight: jax.Array  # sum of loss weights
     tokens: jax.Array  # tokens that are not padding
+    pairs: jax.Array | None = None  # of a batch of pairs: how many
+    chosen_weight: jax.Array | None = None  # and the sum of the chosen answers' loss weights
 
     @classmethod
     def of(cls, batch: dict) -> "Totals":
         """Counts a batch; a step without a single trained token counts 1, which makes its loss 0 and not NaN."""
-        weight = batch["loss_weights_BT"].astype(jnp.float32).sum()
-        tokens = (batch["segment_ids_BT"] > 0).astype(jnp.float32).sum()
-        return cls(jnp.where(weight > 0, weight, 1.0), jnp.maximum(tokens, 1.0))
+
+        def positive(count):
+            return jnp.where(count > 0, count, 1.0)
+
+        weights_BT, segment_ids_BT = batch["loss_weights_BT"].astype(jnp.float32), batch["segment_ids_BT"]
+        tokens = (segment_ids_BT > 0).astype(jnp.float32).sum()
+        counts = cls(positive(weights_BT.sum()), jnp.maximum(tokens, 1.0))
+        if "pairs_BP" not in batch:
+            return counts
+        return counts._replace(
+            pairs=positive((batch["pairs_BP"] > 0).astype(jnp.float32).sum()),
+            chosen_weight=positive((weights_BT * (segment_ids_BT % 2 == 1)).sum()),
+        )
 
 
 def token_losses(x_BTD, head_DV, targets_BT, chunk: int):
@@ -130,7 +142,7 @@ def router_terms(stats_L: RouterStats, totals: Totals, k: int, config: LossConfi
 
 
 def pretrain_loss(model: Mixtral, batch: dict, totals: Totals, config: LossConfig):
-    """Next-token loss of one micro-batch, as its part of the whole step's loss.
+    """Next-token loss of one micro-batch, as its part of the whole step's loss; that of SFT too, whose weights choose answers.
 
     token_loss = sum(weight * nll) / total weight, in nats; z_loss the same for logsumexp^2 (PaLM, arXiv 2204.02311).
 
@@ -151,10 +163,14 @@ def pretrain_loss(model: Mixtral, batch: dict, totals: Totals, config: LossConfi
         "z_loss": (jnp.square(log_z_BT) * weights_BT).sum() / totals.weight,
         **router_terms(stats_L, totals, model.config.experts_per_token, config),
     }
-    loss = (
-        terms["token_loss"]
+    return add_up(terms["token_loss"], terms, config), (terms, jax.tree.map(lax.stop_gradient, stats_L))
+
+
+def add_up(loss, terms: dict, config: LossConfig):
+    """Adds the weighted z-loss and router terms, the same in all stages, to a stage's own loss."""
+    return (
+        loss
         + config.z_weight * terms["z_loss"]
         + config.balance_weight * terms["balance_loss"]
         + config.router_z_weight * terms["router_z_loss"]
     )
-    return loss, (terms, jax.tree.map(lax.stop_gradient, stats_L))

@@ -267,11 +267,31 @@ def header(
         "precision": f"{model.dtype} activations and matmuls; float32 weights, router, norms, loss; remat {model.remat}",
         **_loss_rows(loss, model.experts_per_token),
         **_optim_rows(optim),
+        **_tuning_rows(config),
         "FLOPs": f"{_flops(flops)} per token, {_flops(flops * step_tokens)} per step "
         "(multiply-add 2, backward 2x forward, causal attention, no recompute)",
         "peak": f"{_flops(peak)}LOP/s in all = MFU 100% ({peak_source})",
     }
     return "\n".join(f"  {name:<10} {text}" for name, text in rows.items())
+
+
+def _tuning_rows(config: Config) -> dict[str, str]:
+    """What only SFT, DPO and LoRA have to say."""
+    dpo, lora, rows = config.dpo, config.lora, {}
+    if config.train.stage == "dpo":
+        extras = [
+            f"label smoothing {dpo.label_smoothing:g}" if dpo.label_smoothing else "",
+            f"gamma {dpo.gamma:g}, no reference" if dpo.loss == "simpo" else f"reference {dpo.reference}",
+            f"plus {dpo.sft_weight:g} of the chosen answers' token loss" if dpo.sft_weight else "",
+        ]
+        rows["preference"] = ", ".join([f"{dpo.loss}, beta {dpo.beta:g}", *filter(None, extras)])
+    if lora.rank:
+        rows["LoRA"] = (
+            f"rank {lora.rank}, alpha {lora.alpha:g} on {', '.join(lora.targets)}; the base is frozen in {config.model.dtype}"
+        )
+    if config.optim.freeze_router:
+        rows["routers"] = "frozen"
+    return rows
 
 
 def _loss_rows(loss: LossConfig, k: int) -> dict[str, str]:

@@ -77,6 +77,11 @@ def decays(name: str, optim: OptimConfig) -> bool:
     raise ValueError(f"parameter {name!r} is no w_*, head_*, embedding_*, *norm_* or router_bias_*; see optim.decays")
 
 
+def is_router(name: str) -> bool:
+    """Whether a parameter is the routers'."""
+    return name in ("w_router_DE", "router_bias_E")
+
+
 def clip_by_norm(grads, norm: jax.Array, max_norm: float):
     """Scales gradients by min(1, max_norm / norm), in float32; max_norm 0 leaves them alone.
 
@@ -96,7 +101,8 @@ def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformati
     optimizers. `router_bias_E` is balanced by counts, not gradients: its update is zero and no state is kept for it.
 
     Args:
-        optim: name "adamw"; "muon", with AdamW for what is not a matrix; or "adafactor".
+        optim: name "adamw"; "muon", with AdamW for what is not a matrix; or "adafactor". With freeze_router the routers
+            get no update, no decay and no state.
         steps: updates in the whole run, for the schedule.
     """
     adamw = _store_moments(optax.scale_by_adam(optim.b1, optim.b2, optim.eps), optim.moment_dtype)
@@ -108,13 +114,16 @@ def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformati
 
     def label(name: str) -> str:
         decays(name, optim)  # refuses unknown names
-        if name.startswith("router_bias_"):
+        if name.startswith("router_bias_") or (optim.freeze_router and is_router(name)):
             return "frozen"
         return "adamw" if optim.name == "muon" and _letters(name, MATRICES) is None else optim.name
 
+    def decayed(name: str) -> bool:
+        return decays(name, optim) and label(name) != "frozen"
+
     return optax.chain(
         optax.partition(directions, lambda params: _map_names(label, params)),
-        optax.add_decayed_weights(optim.weight_decay, lambda params: _map_names(lambda n: decays(n, optim), params)),
+        optax.add_decayed_weights(optim.weight_decay, lambda params: _map_names(decayed, params)),
         optax.scale_by_learning_rate(learning_rate_schedule(optim, steps)),
     )
 

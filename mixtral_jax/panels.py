@@ -81,7 +81,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.concatenate([inner, offset + slope * (last[half + 1 :] - n)])
 
 
-def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> None:
+def curve(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> None:
     """Draws the raw values light and their smoothed course strong; few points are drawn as they are."""
     if len(values) >= 40:
         axes.plot(steps, values, color=color, alpha=0.3, linewidth=0.9)
@@ -105,7 +105,7 @@ def draw_loss(
     for i, session in enumerate(sessions[1:]):
         label = "restart" if i == 0 else None
         axes.axvline(session["step"], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), label=label, zorder=1)
-    _curve(axes, steps, loss, TRAIN, "training batches")
+    curve(axes, steps, loss, TRAIN, "training batches")
     if held.size:
         style = {"marker": "o", "markersize": 7, "markeredgecolor": "white", "linestyle": ":", "linewidth": 1}
         axes.plot(held_steps, held, color=HELDOUT, label="held-out text", **style)
@@ -192,7 +192,7 @@ def draw_schedule(axes: Axes, train: Sequence[dict]) -> None:
     right.spines["right"].set_color(MUTED)
     right.tick_params(colors=INK, labelsize=9.5)
     positive = norm > 0
-    _curve(right, norm_steps[positive], norm[positive], NORM, "gradient norm (right)")
+    curve(right, norm_steps[positive], norm[positive], NORM, "gradient norm (right)")
     _log_axis(right, norm[positive])
     step_axis(axes, steps)
     handles = [*axes.get_lines(), *(line for line in right.get_lines() if not line.get_label().startswith("_"))]
@@ -228,8 +228,8 @@ def draw_balance(axes: Axes, train: Sequence[dict]) -> None:
         load_steps = np.array([line["step"] for line in with_load])
         peak_SL = np.array([line["max_over_mean_L"] for line in with_load])
         axes.fill_between(load_steps, peak_SL.min(1), peak_SL.max(1), color=BUSY, alpha=0.18, linewidth=0)
-        _curve(axes, load_steps, peak_SL.max(1), BUSY, "busiest expert / mean: worst layer, band: all layers")
-    _curve(axes, steps, balance, TRAIN, "balance loss")
+        curve(axes, load_steps, peak_SL.max(1), BUSY, "busiest expert / mean: worst layer, band: all layers")
+    curve(axes, steps, balance, TRAIN, "balance loss")
     axes.axhline(1.0, color=MUTED, linewidth=1, linestyle="--")
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, 0.95), high + 0.3 * (high - low))
@@ -242,7 +242,7 @@ def draw_speed(axes: Axes, train: Sequence[dict]) -> None:
     steps, speed = series(train, "tokens_per_second")
     if not speed.size:
         return empty(axes, "not measured yet")
-    _curve(axes, steps, speed, SPEED, "tokens per second")
+    curve(axes, steps, speed, SPEED, "tokens per second")
     axes.set_ylim(0, speed.max() * 1.25)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: _tick(x)))
     step_axis(axes, steps)

@@ -78,7 +78,7 @@ def status(scalars: Mapping[str, Any]) -> str:
     Args:
         scalars: loss (or token_loss where there is no loss), tokens_per_second, mfu (0..1), balance_loss, learning_rate;
             data_wait_seconds and step_seconds, of which the wait's share is shown when it is more than 5% of the step;
-            dropped_L, the share of assignments that no expert computed, shown when there are any.
+            rewards/accuracies and rewards/margins, of DPO; dropped_L, the share of assignments that no expert computed, shown when there are any.
     """
     loss = scalars.get("loss", scalars.get("token_loss"))
     wait = data_wait_share(scalars)
@@ -87,6 +87,8 @@ def status(scalars: Mapping[str, Any]) -> str:
         (loss, lambda x: f"loss {x:.3f}"),
         (scalars.get("tokens_per_second"), lambda x: f"{human(x)} tok/s"),
         (scalars.get("mfu"), lambda x: f"MFU {100 * x:.3g}%" if x < 0.1 else f"MFU {100 * x:.0f}%"),
+        (scalars.get("rewards/accuracies"), lambda x: f"accuracy {x:.0%}"),
+        (scalars.get("rewards/margins"), lambda x: f"margin {x:.3f}"),
         (wait if wait is not None and wait > 0.05 else None, lambda x: f"data wait {x:.0%}"),
         (scalars.get("balance_loss"), lambda x: f"balance {x:.2f}"),
         (dropped or None, lambda x: f"DROPPED {100 * x:.2g}%"),

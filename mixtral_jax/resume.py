@@ -46,8 +46,15 @@ class Start:
 
 def identity(config: Config, tokenizer, corpus: Corpus) -> dict[str, Any]:
     """What makes a run this run: model, optimizer, and what decides its batches. Stored with each checkpoint."""
-    train = config.train
-    return {
+    train, lora = config.train, config.lora
+    tuning = {}  # nothing for what every run was before there was anything else
+    if train.stage != "pretrain":
+        tuning |= {"train.stage": train.stage}
+    if lora.rank:
+        tuning |= {"lora.rank": lora.rank, "lora.alpha": lora.alpha, "lora.targets": list(lora.targets)}
+    if not config.data.packing:
+        tuning |= {"data.packing": False}
+    return tuning | {
         **{f"model.{key}": getattr(config.model, key) for key in MODEL_KEYS},
         "optim.name": config.optim.name,
         "optim.moment_dtype": config.optim.moment_dtype,
@@ -78,6 +85,7 @@ def find_state(
     """
     # The policy, in this order: continue this run from its newest good checkpoint; else take the weights that
     # train.init_from names (a workdir, a step's folder or hf:DIR), with a new optimizer and step 0; else random weights.
+    # With LoRA those weights are the frozen base (frozen.py), and what is continued or new are the adapters.
     damaged: dict[int, DamagedError] = {}
     for step in reversed(checkpoints.agreed_steps()):
         start, error = None, None
@@ -100,7 +108,11 @@ def find_state(
             "move that folder away, or choose another workdir."
         )
     if config.train.init_from:
-        return _warm_start(config, optimizer, mesh, tokenizer, note)
+        _same_tokenizer(config.train.init_from, tokenizer, note)
+    elif config.train.stage != "pretrain" or config.lora.rank:
+        note("WARNING: train.init_from is empty, so this tunes random weights; name the checkpoint to start from")
+    if config.train.init_from and not config.lora.rank:
+        return _warm_start(config, optimizer, mesh, note)
     state, shardings = init_state(config, optimizer, mesh)
     return Start(state, shardings, None, {}, None)
 
@@ -123,7 +135,9 @@ def _check(config: Config, checkpoints: Checkpoints, step: int, meta: dict, mine
         )
     stored = meta["identity"]
     lines = [
-        f"  {name}: checkpoint {stored.get(name)}, now {now}" for name, now in mine.items() if stored.get(name) != now
+        f"  {name}: checkpoint {stored.get(name)}, now {mine.get(name)}"
+        for name in {**mine, **stored}
+        if stored.get(name) != mine.get(name)
     ]
     if lines:
         raise UserError(
@@ -137,9 +151,8 @@ def _check(config: Config, checkpoints: Checkpoints, step: int, meta: dict, mine
         )
 
 
-def _warm_start(config: Config, optimizer, mesh, tokenizer, note: Callable) -> Start:
+def _warm_start(config: Config, optimizer, mesh, note: Callable) -> Start:
     source = config.train.init_from
-    _same_tokenizer(source, tokenizer, note)
     like, _ = abstract_state(config, optimizer, mesh)
     params = load.restore_weights(source, like.params)
     note(f"weights from {source}, a new optimizer, step 0")

@@ -11,14 +11,15 @@ from typing import Any
 
 import jax
 
-from mixtral_jax import distributed, metrics, mirror
+from mixtral_jax import distributed, frozen, metrics, mirror
 from mixtral_jax.checkpoint import Checkpoints, SaveError
 from mixtral_jax.config import Config, RunError, UserError
-from mixtral_jax.data import Corpus, load_tokenizer, open_corpus
+from mixtral_jax.data import Corpus, load_tokenizer
 from mixtral_jax.jsonl import first_start
-from mixtral_jax.models import mixtral
+from mixtral_jax.models import lora, mixtral
 from mixtral_jax.optim import make_optimizer
 from mixtral_jax.progress import Progress, Throughput
+from mixtral_jax.reference import WithReference, open_reference
 from mixtral_jax.resume import find_state, identity
 from mixtral_jax.sharding import make_mesh, replicated
 from mixtral_jax.stages import STAGES
@@ -44,7 +45,9 @@ class Run:
     state: TrainState
     skipped: int  # non-finite steps so far
     step_fn: Callable
-    heldout: Callable  # (params, limit) -> {"loss", "bits_per_byte", ...}
+    frozen: Any  # weights that every step needs and that do not move, or None; see frozen.py
+    frozen_meta: dict | None  # what checkpoints note of them
+    heldout: Callable  # (params, limit, frozen) -> {"loss", "bits_per_byte", ...}
     checkpoints: Checkpoints
     flops_per_token: float
     peak_flops: float
@@ -57,6 +60,11 @@ class Run:
     steps_since_line: int = 0
     copied: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)  # see mirror.push
     save_error: SaveError | None = None  # of the latest save
+
+    @property
+    def model(self):
+        """The plain weights that the run has made so far: with LoRA the adapters merged into their base."""
+        return lora.merge(self.frozen, self.state.params, self.config) if self.config.lora.rank else self.state.params
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Writes a line of metrics, on process 0; see MetricsWriter.write."""
@@ -128,7 +136,7 @@ def start(config: Config, workdir: Path, make_heldout: Callable, public: str | P
             f"raise model.vocab_size to at least {tokenizer.vocab_size}"
         )
     with distributed.process_0_first("corpus"):
-        corpus = open_corpus(config.data, tokenizer)
+        corpus = STAGES[train.stage].corpus(config, tokenizer)
     mesh = make_mesh(config.mesh)
     stage = STAGES[train.stage]
     optimizer = make_optimizer(config.optim, train.steps)
@@ -157,6 +165,8 @@ def start(config: Config, workdir: Path, make_heldout: Callable, public: str | P
         progress.note(f"  together   {distributed.process_count()} processes, {jax.local_device_count()} devices each")
     for line in notes:
         progress.note(line)
+    frozen_weights, frozen_meta, reference = _frozen(config, mesh, found, corpus, progress.note)
+    batches = stage.batches(config, corpus, tokenizer)
     resume_step = -1 if found.step is None else found.step
     writer = None
     if distributed.speaks():
@@ -169,14 +179,16 @@ def start(config: Config, workdir: Path, make_heldout: Callable, public: str | P
         mesh=mesh,
         tokenizer=tokenizer,
         corpus=corpus,
-        batches=stage.batches(config, corpus, tokenizer),
+        batches=batches if reference is None else WithReference(batches, reference.train),
         public=public,
         rows=distributed.rows_here(mesh, train.batch_size),
         data_state=found.data,
         state=found.state,
         skipped=found.meta.get("skipped", 0),
         step_fn=step_fn,
-        heldout=make_heldout(config, corpus.heldout),
+        frozen=frozen_weights,
+        frozen_meta=frozen_meta,
+        heldout=make_heldout(config, corpus, reference),
         checkpoints=checkpoints,
         flops_per_token=metrics.flops_per_token(config.model, train.seq_len),
         peak_flops=peak,
@@ -188,6 +200,31 @@ def start(config: Config, workdir: Path, make_heldout: Callable, public: str | P
             first_start(workdir / "metrics.jsonl") or time.time(), found.meta.get("productive_seconds", 0.0)
         ),
     )
+
+
+def _frozen(config: Config, mesh, found, corpus: Corpus, note: Callable):
+    """Prepares what does not move: (weights that every step needs, what checkpoints note of them, Reference), or Nones.
+
+    Raises:
+        UserError: train.init_from holds other weights than those the run began with.
+    """
+    if not config.lora.rank and not frozen.has_reference(config):
+        return None, None, None
+    meta, kept = found.meta.get("frozen"), []
+
+    def weights():
+        if not kept:
+            kept.append(frozen.weights(config, mesh))
+            frozen.check(config, meta, frozen.describe(config, kept[0]))
+        return kept[0]
+
+    with jax.set_mesh(mesh):
+        stays = weights() if frozen.stays(config) or meta is None else None
+        meta = meta or frozen.describe(config, stays)
+        reference = None
+        if frozen.has_reference(config) and config.dpo.reference == "precomputed":
+            reference = open_reference(config, corpus, meta["fingerprints"], weights, mesh, note)
+    return (stays if frozen.stays(config) else None), meta, reference
 
 
 def session_line(start_up: float) -> dict[str, Any]:

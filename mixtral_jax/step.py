@@ -9,9 +9,9 @@ import optax
 
 from mixtral_jax.config import Config, UserError
 from mixtral_jax.losses import Totals
-from mixtral_jax.models import mixtral
+from mixtral_jax.models import lora, mixtral
 from mixtral_jax.models.moe import RouterStats
-from mixtral_jax.optim import clip_by_norm, learning_rate_schedule
+from mixtral_jax.optim import clip_by_norm, is_router, learning_rate_schedule
 from mixtral_jax.sharding import constrain_params, path_names, tree_shardings
 
 HOST = "pinned_host"  # jax's name of the host memory that an accelerator reaches by itself
@@ -23,7 +23,7 @@ class TrainState:
     """All that training changes."""
 
     step: jax.Array  # int32, optimizer steps taken
-    params: mixtral.Mixtral  # float32
+    params: mixtral.Mixtral | lora.Adapters  # float32; with LoRA the adapters alone
     opt_state: optax.OptState
     skipped: jax.Array  # int32, steps whose update was not made because the loss or the gradient was not finite
 
@@ -43,10 +43,18 @@ def _require_host_memory(config: Config, mesh) -> None:
 
 def _builder(config: Config, optimizer: optax.GradientTransformation) -> Callable:
     def build(key, params=None):
-        params = mixtral.init(config.model, key) if params is None else params
+        if params is None and config.lora.rank:
+            params = lora.init(config.model, config.lora, key)
+        elif params is None:
+            params = mixtral.init(config.model, key)
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
     return build
+
+
+def model_of(config: Config, params, frozen=None):
+    """The model that computes: the parameters themselves, or with LoRA the frozen base with them as its adapters."""
+    return lora.attach(frozen, params) if config.lora.rank else params
 
 
 def abstract_state(config: Config, optimizer: optax.GradientTransformation, mesh):
@@ -119,21 +127,39 @@ def _update_router_bias(params, stats_L: RouterStats, rate: float):
     return jax.tree_util.tree_map_with_path(move, params)
 
 
+def _without_router(grads):
+    """Gradients with zeros for the routers: they neither move nor count in the norm."""
+
+    def keep(path, leaf):
+        return jnp.zeros_like(leaf) if is_router(path_names(path)[-1]) else leaf
+
+    return jax.tree_util.tree_map_with_path(keep, grads)
+
+
 def make_train_step(config: Config, optimizer: optax.GradientTransformation, loss_fn: Callable) -> Callable:
-    """Builds the pure function (state, batch) -> (state, metrics), to be jitted with the state donated.
+    """Builds the pure function (state, batch, frozen) -> (state, metrics), to be jitted with the state donated.
 
     The metrics are float32 device arrays: scalars, and per layer load_LE, entropy_L, dropped_L.
+
+    Args:
+        config, optimizer: of the run.
+        loss_fn: of the stage, see stages.Stage.
+
+    `frozen` are weights that do not move: LoRA's base, which is DPO's reference too, or the weights that a full DPO
+    started from; None where there are none.
     """
     schedule = learning_rate_schedule(config.optim, config.train.steps)
     limit = config.train.skip_nonfinite
 
-    def micro_loss(params, batch, totals):
-        return loss_fn(params, batch, totals, config.loss)
+    def train_step(state: TrainState, batch: dict, frozen=None):
+        def micro_loss(params, batch, totals):
+            return loss_fn(model_of(config, params, frozen), batch, totals, config, frozen)
 
-    def train_step(state: TrainState, batch: dict):
         totals = Totals.of(batch)
         steps = config.train.accumulation_steps
         loss, (terms, stats_L), grads = _accumulate(micro_loss, state.params, batch, totals, steps)
+        if config.optim.freeze_router:
+            grads = _without_router(grads)
         norm = optax.tree.norm(grads)
         grads = clip_by_norm(grads, norm, config.optim.clip_norm)
         if config.optim.offload:

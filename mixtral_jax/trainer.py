@@ -44,7 +44,7 @@ def fit(
     Args:
         config: validated; its mesh is resolved against the devices here.
         workdir: gets checkpoints/, config.json, tokenizer/, metrics.jsonl, report.png; may be on an object store (mirror.py).
-        make_heldout: (config, held-out TokenFile) -> callable (params, limit) -> {"loss", "bits_per_byte", ...}.
+        make_heldout: (config, corpus, Reference or None) -> callable (params, limit, frozen) -> {"loss", ...}.
         baselines: (config, corpus) -> scores to compare with at the end.
         profile: trace the steps from the first to the one before the second, counted from 1.
 
@@ -126,6 +126,9 @@ def _train(run: Run, interrupt: Interrupt, profiler: Profiler) -> dict | None:
     """The loop. Metrics of a step are fetched after the next one is dispatched, so that the device never waits."""
     train = run.config.train
     first = int(jax.device_get(run.state.step))
+    if first == 0 and train.stage != "pretrain":  # what the tuning is compared with
+        with run.throughput.pause():
+            _interlude(run, 0, {"evaluate", "sample"} & _wanted(train), {})
     pending = values = on_device = None
     reader = prefetch(run.batches, first, train.steps, run.config.data.workers, *run.rows, state=run.data_state)
     for k, batch, data_state in _timed(reader, run.breakdown):
@@ -137,7 +140,7 @@ def _train(run: Run, interrupt: Interrupt, profiler: Profiler) -> dict | None:
         ):
             arrays = place(batch, run.mesh, run.rows[0], train.batch_size)
             with jax.transfer_guard("disallow"):
-                run.state, on_device = run.step_fn(run.state, arrays)
+                run.state, on_device = run.step_fn(run.state, arrays, run.frozen)
         if pending is not None:
             values = _log(run, *pending)
         pending = (step, on_device, batch["documents"])
@@ -191,6 +194,12 @@ def _due(train: TrainConfig, step: int, stopping: bool) -> set[str]:
         # The last evaluation reads the whole split, after the loop.
         due = (due - {"evaluate"}) | {"save"} | ({"sample"} if train.sample_every else set())
     return {"save"} if stopping else due
+
+
+def _wanted(train: TrainConfig) -> set[str]:
+    """What the configuration asks for now and then."""
+    every = {"evaluate": train.eval_every, "sample": train.sample_every, "save": train.checkpoint_every}
+    return {name for name, n in every.items() if n > 0}
 
 
 def _timed(reader: Iterator, breakdown: Breakdown) -> Iterator:

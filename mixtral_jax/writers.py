@@ -104,17 +104,22 @@ def tags(line: Mapping[str, Any]) -> dict[str, float | str | list[float]]:
     if kind == "session":
         return found
     for key, value in line.items():
-        if key in ("kind", "step", "time", "nonfinite") or value is None:
+        if key in ("kind", "step", "time", "nonfinite", "number") or value is None:
             continue
         if isinstance(value, list):
             name, _, letters = key.rpartition("_")
             prefix = f"router_{name}/layer_" if letters in ("L", "LE") else f"{kind}_{key}/"
             found |= {f"{prefix}{i:02d}": item for i, item in enumerate(value) if _whole(item)}
         elif isinstance(value, str):
-            found[f"{kind}/{key}"] = printable(value)
+            found[f"{kind}/{key}{_number(line)}"] = printable(value)
         else:
             found[f"{_section(kind, key)}/{key}"] = value
     return found
+
+
+def _number(line: Mapping[str, Any]) -> str:
+    """Of several texts of a step all but the first have their number in the name."""
+    return f"_{line['number']}" if line.get("number", 1) > 1 else ""
 
 
 def _whole(item: Any) -> bool:

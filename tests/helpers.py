@@ -85,7 +85,7 @@ def gradients(config, mesh, params, batch):
     )
 
     def loss_fn(params, batch):
-        return STAGES["pretrain"].loss(params, batch, Totals.of(batch), config.loss)
+        return STAGES["pretrain"].loss(params, batch, Totals.of(batch), config)
 
     with jax.set_mesh(mesh):
         out = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(shard(params, mesh), place(batch, mesh))

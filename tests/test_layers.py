@@ -7,7 +7,7 @@ import pytest
 
 LAYERS = [
     {"config", "sharding"},
-    {"backends", "models", "kernels", "losses", "optim", "data"},
+    {"backends", "models", "kernels", "losses", "preference", "optim", "data"},
     {"fingerprint", "checkpoint", "workdir", "metrics", "progress", "jsonl", "load", "resolve", "generate", "convert"}
     | {
         "clusters",
@@ -24,7 +24,21 @@ LAYERS = [
         "compilation_cache",
         "interrupt",
     },
-    {"stages", "step", "resume", "run", "interlude", "trainer", "evals", "report", "panels", "time_panels", "plan"},
+    {
+        "stages",
+        "step",
+        "frozen",
+        "reference",
+        "resume",
+        "run",
+        "interlude",
+        "trainer",
+        "evals",
+        "report",
+        "panels",
+        "time_panels",
+        "plan",
+    },
     {"cli", "launch"},
     {"env"},
 ]

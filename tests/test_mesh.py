@@ -138,7 +138,7 @@ def scenarios(config, mesh):
     @jax.jit
     def program(params, batch):
         def loss_fn(params):
-            return STAGES["pretrain"].loss(params, batch, Totals.of(batch), config.loss)
+            return STAGES["pretrain"].loss(params, batch, Totals.of(batch), config)
 
         (loss, (terms, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         grads = constrain_params(grads)

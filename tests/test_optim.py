@@ -55,7 +55,7 @@ def config(**changes) -> OptimConfig:
     values = {
         "name": "adamw", "learning_rate": 0.01, "schedule": "constant", "warmup_steps": 0, "decay_steps": 0, "final_lr_ratio": 0.1,
         "weight_decay": 0.0, "decay_embeddings": False, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "clip_norm": 1.0, "moment_dtype": "float32",
-            "offload": False,
+            "freeze_router": False, "offload": False,
     }  # fmt: skip
     return OptimConfig(**values | changes)
 

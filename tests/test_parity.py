@@ -16,6 +16,7 @@ from mixtral_jax.losses import Totals, pretrain_loss
 from mixtral_jax.models import mixtral
 from mixtral_jax.optim import make_optimizer
 from mixtral_jax.sharding import named_leaves
+from mixtral_jax.stages import STAGES
 from mixtral_jax.step import TrainState, make_train_step
 from tests.golden import reference, training
 
@@ -119,7 +120,7 @@ def trained(name: str) -> dict[str, np.ndarray]:
     changes = {f"optim__{key}": value for key, value in optim.items()}
     config, model, _ = ours(name, loss__balance_weight=training.BALANCE, **changes)
     optimizer = make_optimizer(config.optim, training.STEPS)
-    step = jax.jit(make_train_step(config, optimizer, pretrain_loss))
+    step = jax.jit(make_train_step(config, optimizer, STAGES["pretrain"].loss))
     model = jax.tree.map(jnp.asarray, model)
     state = TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model), jnp.zeros((), bool))
     out: dict = {"token_loss": [], "balance_loss": [], "gradient_norm": []}

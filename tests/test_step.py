@@ -27,7 +27,7 @@ with_slope.defvjp(
 )
 
 
-def known_loss(params, batch, totals, config):
+def known_loss(params, batch, totals, config, frozen):
     """The batch says value and slope; 50 tokens are routed in a skewed way, and some are dropped."""
     count_LE = jnp.tile(jnp.arange(E) * (TOKENS * K / 28), (L, 1))
     ones_L = jnp.ones(L)

@@ -24,7 +24,7 @@ def compiled(**axes) -> list[str]:
     config, mesh = on_mesh(tiny(train__batch_size=4, loss__head_chunk=8, **sizes), **axes)
 
     def loss(params, batch):
-        return STAGES["pretrain"].loss(params, batch, Totals.of(batch), config.loss)[0]
+        return STAGES["pretrain"].loss(params, batch, Totals.of(batch), config)[0]
 
     params, batch = mixtral.init(config.model, jax.random.key(0)), random_batch(config)
     with jax.set_mesh(mesh):

@@ -110,7 +110,7 @@ def test_balance_under_accumulation_is_the_token_weighted_mean_of_the_micro_batc
     _, log = train(config, mesh, [batch])
     model = mixtral.init(config.model, jax.random.key(config.train.seed))
     values, tokens = [], []
-    loss = jax.jit(lambda micro: STAGES["pretrain"].loss(model, micro, Totals.of(micro), config.loss))
+    loss = jax.jit(lambda micro: STAGES["pretrain"].loss(model, micro, Totals.of(micro), config))
     for j in range(4):
         _, (terms, stats) = loss({name: value[j::4] for name, value in batch.items()})
         values.append(float(terms["balance_loss"]))
@@ -140,7 +140,7 @@ def test_packed_rows_equal_one_document_per_row():
         model = mixtral.init(config.model, jax.random.key(0))
 
         def loss(model, config=config, batch=batch):
-            return STAGES["pretrain"].loss(model, batch, Totals.of(batch), config.loss)
+            return STAGES["pretrain"].loss(model, batch, Totals.of(batch), config)
 
         results.append(jax.device_get(jax.jit(jax.value_and_grad(loss, has_aux=True))(model)))
     ((packed, (terms, stats)), grads), ((alone, (want_terms, want_stats)), want_grads) = results
@@ -162,7 +162,7 @@ def test_padding_changes_nothing():
     model = mixtral.init(config.model, jax.random.key(0))
 
     def loss(model, batch):
-        return STAGES["pretrain"].loss(model, batch, Totals.of(batch), config.loss)
+        return STAGES["pretrain"].loss(model, batch, Totals.of(batch), config)
 
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (got, (terms, stats)), grads = jax.device_get(step(model, wide))

@@ -6,11 +6,19 @@ from mixtral_jax.config import Config
 from mixtral_jax.data import Corpus, first_documents, load_tokenizer
 from mixtral_jax.evals import ngram
 from mixtral_jax.evals.perplexity import Perplexity
+from mixtral_jax.evals.preference import Preference
 
 
 def perplexity(config: Config, corpus: Corpus, model) -> dict[str, float]:
     """Loss, perplexity and bits per byte on the whole held-out split."""
     return Perplexity(config, corpus.heldout)(model)
+
+
+def heldout(config: Config, corpus: Corpus, reference=None):
+    """What a stage is measured by while it trains: callable (params, limit, frozen) -> {"loss", ...}."""
+    if config.train.stage == "dpo":
+        return Preference(config, corpus.heldout, reference and reference.heldout)
+    return Perplexity(config, corpus.heldout)
 
 
 # Counting bigrams takes about 40 bytes of host memory a token: enough tokens for a strong baseline, and a bound.
@@ -23,9 +31,12 @@ def baselines(config: Config, corpus: Corpus, model=None) -> dict[str, float]:
     """Unigram and bigram models in bits per byte on the held-out split; no model needed.
 
     Counted on the training split, or on its first BASELINE_TOKENS tokens if it is longer (whole documents); of streams
-    on the first STREAM_BASELINE_TOKENS, which are read again for it. `baseline_tokens` says on how many.
+    on the first STREAM_BASELINE_TOKENS, which are read again for it. `baseline_tokens` says on how many. Of conversations
+    and pairs, of which only the answers count, there are none.
     """
     del model
+    if config.train.stage != "pretrain":
+        return {}
     heldout = corpus.heldout
     if config.data.streaming:
         tokenizer = load_tokenizer(config.data.tokenizer, config.data.cache_dir, config.data.heldout_fraction)

@@ -9,6 +9,7 @@ from mixtral_jax.data import Batches, TokenFile, pack
 from mixtral_jax.distributed import rows_here, speaks
 from mixtral_jax.losses import token_losses
 from mixtral_jax.sharding import place
+from mixtral_jax.step import model_of
 
 
 class Perplexity:
@@ -18,28 +19,33 @@ class Perplexity:
         """Packs the split; rows and batch as in training, in the plan's own order."""
         train = config.train
         rows = train.batch_size // train.accumulation_steps
-        plan = pack(tokens.lengths, train.seq_len)
+        plan = pack(tokens.lengths, train.seq_len, one_per_row=not config.data.packing)
         self._batches = Batches(tokens, plan, batch_size=rows, seq_len=train.seq_len, seed=0, shuffle=False)
         self._bytes = int(tokens.bytes_.sum())
-        self._targets = int(tokens.lengths.sum() - len(tokens.lengths))
+        if tokens.weights is None:
+            self._targets = float(tokens.lengths.sum() - len(tokens.lengths))
+        else:
+            self._targets = float(tokens.weights.sum() - tokens.weights[tokens.offsets[:-1]].sum())
         self._seq_len = train.seq_len
 
-        def sums(model, batch):
+        def sums(params, frozen, batch):
+            model = model_of(config, params, frozen)
             x_BTD, _ = model.hidden(batch["tokens_BT"], batch["positions_BT"], batch["segment_ids_BT"])
             nll_BT, _ = token_losses(x_BTD, model.head_DV[...], batch["targets_BT"], config.loss.head_chunk)
             return (nll_BT * batch["loss_weights_BT"]).sum(), batch["loss_weights_BT"].sum()
 
         self._sums = jax.jit(sums)
 
-    def __call__(self, model, limit: int | None = None) -> dict[str, float]:
+    def __call__(self, params, limit: int | None = None, frozen=None) -> dict[str, float]:
         """Evaluates on the current mesh (`jax.set_mesh`).
 
         Every token of a document but its first (BOS) is predicted once; a document longer than seq_len is cut, and each
-        piece starts without context.
+        piece starts without context. Of conversations the answers' tokens are scored, by their weights.
 
         Args:
-            model: the parameters.
+            params: the parameters.
             limit: batches to read, spread evenly over the split; None reads every document.
+            frozen: see step.make_train_step.
 
         Returns:
             loss: nats per token; perplexity: exp(loss); bits_per_byte: over the UTF-8 bytes of the documents (with a
@@ -53,7 +59,7 @@ class Perplexity:
         start, stop = rows_here(mesh, rows)
         for k in tqdm(picked, "held-out", leave=False, disable=None if speaks() else True, unit="batch"):
             batch = self._batches.eval_batch(int(k), start, stop)
-            parts = self._sums(model, place(batch, mesh, start, rows))
+            parts = self._sums(params, frozen, place(batch, mesh, start, rows))
             if (
                 pending is not None
             ):  # fetched one batch late, so that the device does not wait and batches do not pile up

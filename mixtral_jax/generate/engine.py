@@ -167,20 +167,30 @@ def generate(weights: Mixtral | Prepared, tokenizer: Tokenizer, prompts, **argum
             return end.value
 
 
-def sample(model: Mixtral, tokenizer: Tokenizer, prompt: str, *, max_tokens: int, temperature: float, seed: int) -> str:
-    """Continues one prompt during training, on the parameters as they are: no second copy of the weights.
+def sample(
+    model: Mixtral,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    message: bool = False,
+) -> list[str]:
+    """Continues prompts during training, on the parameters as they are: no second copy of the weights.
 
     Args:
         model: parameters on any mesh; the mesh, if any, is the current one (`jax.set_mesh`). Over `context` the work is
             not split: one token at a time has no T to split.
         tokenizer: the run's tokenizer.
-        prompt: text; BOS is put before it. Of a prompt too long for the model the end is kept.
+        prompts: texts, which get BOS in front, or token ids. Of a prompt too long for the model the end is kept.
         max_tokens: length of the continuation; it ends earlier at EOS, or where the model's max_seq_len leaves no room.
         temperature: 0 takes the most likely token.
         seed: of the sampling.
+        message: see `stream`.
 
     Returns:
-        The continuation alone.
+        The continuations alone.
     """
     mesh = jax.sharding.get_mesh()
     if not mesh.empty and mesh.shape["context"] > 1:
@@ -188,8 +198,8 @@ def sample(model: Mixtral, tokenizer: Tokenizer, prompt: str, *, max_tokens: int
         model = moved(model, mesh)
     limit = model.config.max_seq_len
     max_tokens = min(max_tokens, limit - 1)
-    context = [tokenizer.bos_id, *tokenizer.encode(prompt)][max_tokens - limit :]
+    contexts = [[tokenizer.bos_id, *tokenizer.encode(p)] if isinstance(p, str) else list(p) for p in prompts]
+    contexts = [context[max_tokens - limit :] for context in contexts]
     with jax.transfer_guard("allow"), contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh):
-        settings = Sampling(temperature=temperature)
-        (done,) = generate(model, tokenizer, [context], max_tokens=max_tokens, sampling=settings, seed=seed)
-    return done.text
+        settings = {"sampling": Sampling(temperature=temperature), "seed": seed, "message": message}
+        return [done.text for done in generate(model, tokenizer, contexts, max_tokens=max_tokens, **settings)]

@@ -17,11 +17,11 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from mixtral_jax import backends, memory
+from mixtral_jax import backends, frozen, memory
 from mixtral_jax.config import AXES, Config, UserError
 from mixtral_jax.optim import make_optimizer
 from mixtral_jax.plan.chips import EXAMPLES, Topology, gpu_coordinates
-from mixtral_jax.sharding import batch_sharding, make_mesh, mesh_devices, replicated
+from mixtral_jax.sharding import batch_sharding, make_mesh, mesh_devices, replicated, suffix
 from mixtral_jax.stages import STAGES
 from mixtral_jax.step import abstract_state, make_train_step
 
@@ -32,6 +32,8 @@ FIELDS = {
     "positions_BT": np.int32,
     "segment_ids_BT": np.int32,
 }
+PAIR_FIELDS = {"pairs_BP": np.int32, "reference_chosen_BP": np.float32, "reference_rejected_BP": np.float32}
+PAIR_TOKENS = 512
 # What libtpu asks the machine for; without a TPU the answers are invented, and nothing but its warnings depends on them.
 _TPU_ENV = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -122,10 +124,18 @@ def for_platform(config: Config, platform: str) -> Config:
 
 
 def abstract_batch(config: Config, mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch's fields as shapes with shardings."""
-    shape = (config.train.batch_size, config.train.seq_len)
-    sharding = batch_sharding(mesh)
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in FIELDS.items()}
+    """A batch's fields as shapes with shardings; of pairs PAIR_TOKENS positions make one."""
+    rows, t = config.train.batch_size, config.train.seq_len
+    fields = dict(FIELDS)
+    if config.train.stage == "dpo":
+        fields |= PAIR_FIELDS
+    sizes = {"BT": (rows, t), "BP": (rows, max(t // PAIR_TOKENS, 1))}
+
+    def field(name: str, dtype):
+        letters = suffix(name)
+        return jax.ShapeDtypeStruct(sizes[letters], dtype, sharding=batch_sharding(mesh, letters))
+
+    return {name: field(name, dtype) for name, dtype in fields.items()}
 
 
 def lower(config: Config, mesh):
@@ -146,7 +156,8 @@ def lower(config: Config, mesh):
         out_shardings=(shardings, replicated(mesh)),
     )
     with jax.set_mesh(mesh):
-        return step.lower(like, abstract_batch(config, mesh)), like
+        still = frozen.abstract(config, mesh) if frozen.stays(config) else None
+        return step.lower(like, abstract_batch(config, mesh), still), like
 
 
 def compile_step(lowered, label: str, quiet: bool = False) -> Compiled:

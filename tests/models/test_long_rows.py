@@ -18,7 +18,7 @@ def temporaries(t: int, attention: str) -> int:
     config = tiny(model__attention=attention, model__remat="full", loss__head_chunk=512, **long)
 
     def loss(params, batch):
-        return STAGES["pretrain"].loss(params, batch, Totals.of(batch), config.loss)[0]
+        return STAGES["pretrain"].loss(params, batch, Totals.of(batch), config)[0]
 
     names = ("tokens_BT", "targets_BT", "positions_BT", "segment_ids_BT")
     batch = {name: jax.ShapeDtypeStruct((1, t), jnp.int32) for name in names}

@@ -1,0 +1,70 @@
+"""Weights that do not move while others train: LoRA's base, and the reference of DPO.
+
+They come from where the run's weights came from (train.init_from, or train.seed), and every checkpoint notes their
+fingerprints: a resume that would go on with other ones is refused.
+"""
+
+import jax
+
+from mixtral_jax import load
+from mixtral_jax.config import Config, UserError
+from mixtral_jax.fingerprint import fingerprints
+from mixtral_jax.models import lora, mixtral
+from mixtral_jax.preference import REFERENCE_FREE
+from mixtral_jax.sharding import tree_shardings
+
+
+def has_reference(config: Config) -> bool:
+    """Whether the stage compares with a reference."""
+    return config.train.stage == "dpo" and config.dpo.loss not in REFERENCE_FREE
+
+
+def stays(config: Config) -> bool:
+    """Whether the frozen weights are needed in every step, and not only once."""
+    return bool(config.lora.rank) or (has_reference(config) and config.dpo.reference == "on_the_fly")
+
+
+def abstract(config: Config, mesh) -> mixtral.Mixtral:
+    """The frozen weights as ShapeDtypeStructs with shardings: in the compute dtype, what must be float32 in float32.
+
+    That is what the policy's float32 weights are cast to where they are used, so that both compute the same.
+    """
+    shapes = jax.eval_shape(lora.freeze, mixtral.abstract(config.model))
+    shardings = tree_shardings(shapes, mesh, shapes)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def weights(config: Config, mesh) -> mixtral.Mixtral:
+    """Loads the weights a run starts from, in the layout of `abstract`.
+
+    Raises:
+        UserError: train.init_from does not fit the configuration.
+    """
+    like = abstract(config, mesh)
+    if config.train.init_from:
+        return load.restore_weights(config.train.init_from, like)
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+    build = jax.jit(lambda key: lora.freeze(mixtral.init(config.model, key)), out_shardings=shardings)
+    return build(jax.random.key(config.train.seed))
+
+
+def describe(config: Config, model: mixtral.Mixtral) -> dict:
+    """What a checkpoint notes of the frozen weights."""
+    return {"source": config.train.init_from, "fingerprints": fingerprints(model)}
+
+
+def check(config: Config, noted: dict | None, now: dict) -> None:
+    """Compares the frozen weights with those that a checkpoint was trained on.
+
+    Raises:
+        UserError: they are other ones.
+    """
+    if noted is None or noted["fingerprints"] == now["fingerprints"]:
+        return
+    theirs = noted["fingerprints"]
+    wrong = [name for name, found in now["fingerprints"].items() if theirs.get(name) != found]
+    raise UserError(
+        f"train.init_from={config.train.init_from!r} holds other weights than this run began with (from {noted['source']!r}): "
+        f"{len(wrong)} of {len(now['fingerprints'])} arrays differ, {wrong[0]} among them (then {theirs.get(wrong[0])}, now "
+        f"{now['fingerprints'][wrong[0]]}); restore that checkpoint, or name its step's folder, or begin in another workdir"
+    )
