@@ -87,7 +87,7 @@ def summary(report: dict, unit: str, seq_len: int) -> str:
     }
     dropped = [f"{report[rule]:,} {words[rule]}" for rule in DROPPED if report[rule]]
     said += f"; dropped {', '.join(dropped)}" if dropped else ""
-    said += f"; {report['bad']:,} bad rows skipped" if report["bad"] else ""
+    said += f"; {report['bad']:,} bad row{'s' * (report['bad'] != 1)} skipped" if report["bad"] else ""
     return said + (f"; {report['duplicates']:,} occur more than once" if report["duplicates"] else "")
 
 

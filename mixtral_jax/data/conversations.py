@@ -6,7 +6,6 @@
 """
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +14,8 @@ import numpy as np
 from mixtral_jax.config import UserError
 from mixtral_jax.data.bad_rows import Unreadable, check_text
 from mixtral_jax.data.chat import Message, check_order, joined
+
+MOST_WEIGHT = float(np.finfo(np.float32).max)
 
 
 class Dropped(NamedTuple):
@@ -130,12 +131,9 @@ def _text(value, key: str) -> str:
 def _weight(value, role: str, key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError(f"{key} is of type {type(value).__name__}; it must be a number of at least 0")
-    try:
-        weight = float(np.float32(value))  # as it is stored: what rounds to 0 there trains nothing
-    except OverflowError:
-        weight = math.inf
-    if not (weight >= 0 and math.isfinite(weight)):
+    if not 0 <= value <= MOST_WEIGHT:  # nor NaN
         raise UserError(f"{key} is {value}; it must be a finite number of at least 0")
+    weight = float(np.float32(value))  # as it is stored: what rounds to 0 there trains nothing
     if weight and role != "assistant":
         raise UserError(f"{key} is {value} of a message of the {role}; only answers are trained, take it away")
     return weight
@@ -191,5 +189,11 @@ def _trained(messages: list[Message], key: str) -> list[Message] | Dropped:
 def _no_format(record: dict, text_key: str) -> str:
     if "chosen" in record and "rejected" in record:
         return "it has 'chosen' and 'rejected', a pair; set train.stage=dpo, or give 'messages'"
-    said = ", ".join(f"{key!r}{' (null)' if value is None else ''}" for key, value in record.items()) or "none"
-    return f"no key 'messages', 'prompt' and 'completion', or {text_key!r} (data.text_key); it has {said}"
+    has = describe_keys(record, ("messages", "prompt", "completion", text_key))
+    return f"no key 'messages', 'prompt' and 'completion', or {text_key!r} (data.text_key); it has {has}"
+
+
+def describe_keys(record: dict, looked_for: Sequence[str]) -> str:
+    """Lists a record's keys; of the other columns of a table nobody knows the values."""
+    said = (f"{key!r}{' (null)' if record[key] is None and key in looked_for else ''}" for key in record)
+    return ", ".join(said) or "none"

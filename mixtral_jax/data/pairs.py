@@ -18,6 +18,7 @@ from mixtral_jax.data.conversations import (
     answered,
     as_answer,
     as_question,
+    describe_keys,
     is_trained,
     read_messages,
     refuse_tools,
@@ -136,5 +137,5 @@ def _no_format(record: dict, key: str) -> str:
         return (
             f"no key {key!r}, and it is a conversation; set train.stage=sft, or give 'prompt', 'chosen' and 'rejected'"
         )
-    said = ", ".join(f"{key!r}{' (null)' if value is None else ''}" for key, value in record.items()) or "none"
-    return f"no key {key!r}; it has {said}; give 'prompt', 'chosen' and 'rejected'"
+    has = describe_keys(record, ("prompt", "chosen", "rejected"))
+    return f"no key {key!r}; it has {has}; give 'prompt', 'chosen' and 'rejected'"
