@@ -66,7 +66,7 @@ def open_chat_corpus(data: DataConfig, tokenizer, stage: Stage, seq_len: int, pr
         name = f"{source.name}: " if data.mixture else ""
         logger.info("%s%s", name, summary(each.entry["report"], unit, seq_len))
         if not each.entry["report"][unit]:
-            raise _nothing_left(source, each.entry["report"], unit, seq_len)
+            raise nothing_left(source, each.entry["report"], unit, seq_len)
     require_both(data, [_prompts(each.entry) for each in opened], unit)
     key = hashlib.sha256(repr([each.key for each in opened]).encode()).hexdigest()[:32]
     report = {"sources": {source.name: each.entry["report"] for source, each in zip(data.sources, opened)}}
@@ -158,7 +158,8 @@ def _content(source: SourceConfig, files: list, cache_dir: str) -> str:
     return _hash((found, hashlib.sha256(Path(docstrings.__file__).read_bytes()).hexdigest()))
 
 
-def _nothing_left(source: SourceConfig, report: dict, unit: str, seq_len: int) -> UserError:
+def nothing_left(source: SourceConfig, report: dict, unit: str, seq_len: int) -> UserError:
+    """The error of a source of which no conversation or pair is left, with its part of the report."""
     where = f"data.source={source.source}, data.path={source.path!r}"
     if not report["rows"]:
         return UserError(f"{where}: there are no rows in it; set data.path to files that have some")
