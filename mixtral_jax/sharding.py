@@ -22,6 +22,7 @@ PARAM_AXES = {
     "H": None,
     "L": None,
     "N": "tensor",
+    "R": None,
     "V": "tensor",
 }
 ACT_AXES = {
@@ -33,6 +34,7 @@ ACT_AXES = {
     "K": None,
     "L": None,
     "N": "tensor",
+    "R": None,
     "S": None,
     "T": "context",
     "V": "tensor",
