@@ -12,7 +12,7 @@ from mixtral_jax.convert.restore import restore
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.fingerprint import fingerprints
 from mixtral_jax.models import mixtral
-from mixtral_jax.models.decode import FLOAT32
+from mixtral_jax.models.layers import FLOAT32
 from mixtral_jax.resolve import Checkpoint, resolve_checkpoint
 from mixtral_jax.sharding import make_mesh, named_leaves, path_names, tree_shardings
 from mixtral_jax.workdir import load_run
