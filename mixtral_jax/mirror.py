@@ -6,34 +6,24 @@ written there directly, by Orbax. What a crash keeps from being copied is the me
 which the run goes on, so that it writes them again.
 """
 
-import hashlib
 import os
 from pathlib import Path
 
 from etils import epath
 
+from mixtral_jax import remote
 from mixtral_jax.config import RunError, UserError
+from mixtral_jax.remote import is_remote
+
+__all__ = ["is_remote", "local_side", "pull", "push"]
 
 ROOT = "~/.cache/mixtral_jax/workdirs"
 FILES = ("config.json", "metrics.jsonl", "wandb.json", "report.png", "tokenizer/*", "tensorboard/*")
 
 
-def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path is that of an object store, such as gs://bucket/run, and not of a file system that is mounted."""
-    return "://" in os.fspath(path)
-
-
-def folder(path: str | os.PathLike) -> Path | epath.Path:
-    """A path that can be looked into, wherever it is: an epath.Path of an object store, else an absolute Path."""
-    return epath.Path(path) if is_remote(path) else Path(path).resolve()
-
-
-def local_side(workdir: str | os.PathLike, root: str = ROOT) -> Path:
+def local_side(workdir: str | os.PathLike) -> Path:
     """The local folder of a workdir: its own if it is local."""
-    if not is_remote(workdir):
-        return Path(workdir)
-    text = os.fspath(workdir).rstrip("/")
-    return Path(root).expanduser() / f"{text.rpartition('/')[2]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return remote.local_side(workdir, ROOT)
 
 
 def pull(workdir: str | os.PathLike, local: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 LAYERS = [
-    {"config", "sharding"},
+    {"config", "remote", "sharding"},
     {"backends", "models", "kernels", "losses", "optim", "data"},
     {"fingerprint", "checkpoint", "workdir", "metrics", "progress", "jsonl", "load", "resolve", "generate", "convert"}
     | {

@@ -82,6 +82,22 @@ def test_two_processes_train_as_one(tmp_path, changes, cached):
 
 
 @pytest.mark.slow
+def test_a_token_cache_in_a_bucket_is_built_once_and_fetched_by_the_other_hosts(tmp_path, changes, cached):
+    """Each process has a disk of its own here, and they see the same bucket."""
+    changes |= dict(data__cache_dir="gs://bucket/cache", train__steps=2)
+    launcher, _, program = " ".join(group(tmp_path / "run", 2, 1, **changes)).partition(" -- ")
+    line = [*launcher.split(), "--", "-m", "tests.bucket", *program.split()]
+    out = run(line, FAKE_BUCKETS=str(tmp_path / "stores"), **cached)
+    assert out.count("tokenised train") == 1, out
+    found = [
+        sorted(tmp_path.glob(f"stores/{place}/corpora/*/cache.json"))
+        for place in ("bucket/cache", "disk0/*", "disk1/*")
+    ]
+    assert [len(each) for each in found] == [1, 1, 1]
+    assert steps_logged(tmp_path / "run") == [1, 2]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True], ids=["cached", "stream"])
 def test_four_processes_whose_devices_share_rows(tmp_path, changes, cached, streaming):
     """tensor lies across processes, so that two of them read the same rows; and gradients are accumulated."""

@@ -70,7 +70,13 @@ class Shapes(NamedTuple):
 def shapes_of(config: Config) -> Shapes:
     """The state's shapes and the numbers of parameters; tracing the model takes about a second."""
     one = jax.sharding.AbstractMesh((1,) * len(AXES), AXES)
-    like, _ = abstract_state(config, make_optimizer(config.optim, config.train.steps), one)
+    # Where arrays lie is no part of their shape, and an abstract mesh has no memories to choose among.
+    here = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, remat="none"),
+        optim=dataclasses.replace(config.optim, offload=False),
+    )
+    like, _ = abstract_state(here, make_optimizer(config.optim, config.train.steps), one)
     return Shapes(like, *mixtral.parameter_counts(config.model))
 
 
