@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mixtral_jax.config import DataConfig, SourceConfig, UserError
-from mixtral_jax.data import remote_cache
 from mixtral_jax.data.bad_rows import BadRows
 from mixtral_jax.data.build import Task, build_shards, make_tasks, shard_path, task_bytes
 from mixtral_jax.data.fingerprint import fingerprint
 from mixtral_jax.data.index import INDEX, bad_rows, open_index, put_together
 from mixtral_jax.data.once import DAMAGE, build_once, building
+from mixtral_jax.data.remote_cache import Place, fetch, place, send
 from mixtral_jax.data.rows import parts, rows_before
 from mixtral_jax.data.shards import SPLITS, Job, TooManyBadRows
 from mixtral_jax.data.sources import source_files
@@ -99,14 +99,14 @@ def build_cache(data: DataConfig, tokenizer, progress: bool = True, verify: bool
     opened = [_open_or_build(data, source, tokenizer, skipped, progress, verify) for source in data.sources]
     _require_both(data, [each.index for each in opened])
     for each in opened:
-        remote_cache.send(_place(data, each.key), INDEX, progress)
+        send(_place(data, each.key), INDEX, progress)
     pairs = list(zip(data.sources, opened))
     key = hashlib.sha256(repr([each.key for each in opened]).encode()).hexdigest()[:32]
     return Corpus(tuple(Source(source.name, source.weight, each.train, each.heldout) for source, each in pairs), key)
 
 
-def _place(data: DataConfig, key: str) -> remote_cache.Place:
-    return remote_cache.place(data.cache_dir, "corpora", key)
+def _place(data: DataConfig, key: str) -> Place:
+    return place(data.cache_dir, "corpora", key)
 
 
 def _open_or_build(
@@ -114,7 +114,7 @@ def _open_or_build(
 ) -> _Opened:
     """Opens a source's cache, built first if need be, and adds its bad rows to those of the sources before it."""
     files = source_files(source)
-    here = remote_cache.place(data.cache_dir).local
+    here = place(data.cache_dir).local
     content = fingerprint(source, files, here)
     parts_of_key = (FORMAT, content, tokenizer.fingerprint, data.heldout_fraction)
     key = hashlib.sha256(repr(parts_of_key).encode()).hexdigest()[:32]
@@ -123,7 +123,7 @@ def _open_or_build(
         opened = _Opened(key, *open_index(folder, verify))
     except DAMAGE:
         with building(folder):
-            remote_cache.fetch(_place(data, key), INDEX, progress)
+            fetch(_place(data, key), INDEX, progress)
             try:
                 opened = _Opened(key, *open_index(folder, verify))  # another process built it meanwhile
             except DAMAGE as error:

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from mixtral_jax.config import DataConfig, SourceConfig, UserError
-from mixtral_jax.data import remote_cache
 from mixtral_jax.data.bad_rows import BadRows
 from mixtral_jax.data.cache import Corpus, Source, TokenFile, build_cache
 from mixtral_jax.data.loader import Batches
 from mixtral_jax.data.mixture import Mixture, Schedule
 from mixtral_jax.data.packing import pack
+from mixtral_jax.data.remote_cache import build_once, place
 from mixtral_jax.data.sources import relative_names, source_files
 from mixtral_jax.data.stream import StreamBadRows, read
 from mixtral_jax.data.text import Document, is_heldout
@@ -76,10 +76,8 @@ def stream_corpus(data: DataConfig, tokenizer) -> Corpus:
         parts = (FORMAT, definition, tokenizer.fingerprint, data.heldout_fraction)
         times = [path.stat().st_mtime_ns for _, path in files]  # a file changed in place may hold out other text
         limits = (HELDOUT_BYTES, HELDOUT_DOCUMENTS, SCANNED_DOCUMENTS)
-        place = remote_cache.place(data.cache_dir, "streams", _hash((parts, times, limits)))
-        heldout = remote_cache.build_once(
-            place, _load, lambda into, of=source: _save(into, _heldout(data, of, tokenizer))
-        )
+        entry = place(data.cache_dir, "streams", _hash((parts, times, limits)))
+        heldout = build_once(entry, _load, lambda into, of=source: _save(into, _heldout(data, of, tokenizer)))
         sources.append(Source(source.name, source.weight, None, heldout))
     if not any(source.heldout.ids for source in sources):
         raise UserError(

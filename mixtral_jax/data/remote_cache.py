@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 from mixtral_jax import remote
 from mixtral_jax.config import RunError, UserError
-from mixtral_jax.data import once
+from mixtral_jax.data.once import build_once as build_here
+from mixtral_jax.data.once import building
 from mixtral_jax.data.shards import check_record, damage, hash_file, partial, read_record, write_record
 from mixtral_jax.data.shown import Shown
 
@@ -55,14 +56,14 @@ def build_once(at: Place, open_: Callable, build: Callable[[Path], None]):
         RunError: the store does not take it.
     """
     if at.url is None:
-        return once.build_once(at.local, open_, build)
+        return build_here(at.local, open_, build)
 
     def make(folder: Path) -> None:
         if not fetch(Place(folder, at.url), WHOLE, progress=False):
             build(folder)
             write_record(folder / WHOLE, {"files": _described(folder)})
 
-    found = once.build_once(at.local, open_, make)
+    found = build_here(at.local, open_, make)
     send(at, WHOLE, progress=False)
     return found
 
@@ -125,7 +126,7 @@ def send(at: Place, index: str, progress: bool = True) -> None:
     """
     if at.url is None or _index_there(at, index) is not None:
         return
-    with once.building(at.local):
+    with building(at.local):
         files = read_record(at.local / index)["files"]
         try:
             missing = {name: entry for name, entry in files.items() if not _is_there(at, name, entry)}

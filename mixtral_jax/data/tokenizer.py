@@ -20,7 +20,7 @@ import numpy as np
 import sentencepiece
 
 from mixtral_jax.config import SourceConfig, UserError
-from mixtral_jax.data import remote_cache
+from mixtral_jax.data.remote_cache import build_once, place
 from mixtral_jax.data.text import documents, fingerprint, is_heldout
 
 logger = logging.getLogger(__name__)
@@ -262,7 +262,7 @@ def _stdlib_tokenizer(spec: str, cache_dir: str, heldout_fraction: float) -> Sen
         return tokenizer
 
     name = f"stdlib-{size}-{heldout_fraction:g}-{fingerprint(source)[:16]}"
-    return remote_cache.build_once(remote_cache.place(cache_dir, "tokenizers", name), open_, build)
+    return build_once(place(cache_dir, "tokenizers", name), open_, build)
 
 
 @functools.cache
