@@ -45,6 +45,6 @@ def fit(tmp_path):
         )
         config = tiny(**defaults | changes)
         config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=-1))
-        return trainer.fit(config, tmp_path / name, evals.Perplexity, evals.baselines)
+        return trainer.fit(config, tmp_path / name, evals.heldout, evals.baselines)
 
     return run
