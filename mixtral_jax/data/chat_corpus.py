@@ -19,7 +19,7 @@ from mixtral_jax.data.cache import Corpus, Source, require_both
 from mixtral_jax.data.chat_build import DROPPED, SPLITS, Job, build, open_built
 from mixtral_jax.data.fingerprint import fingerprint
 from mixtral_jax.data.once import build_once
-from mixtral_jax.data.records import Stage, records
+from mixtral_jax.data.records import Stage, records, refuse_text
 from mixtral_jax.data.sources import source_files
 from mixtral_jax.data.tokens import TokenFile
 
@@ -101,8 +101,7 @@ def _open(
     data: DataConfig, source: SourceConfig, tokenizer, stage: Stage, seq_len: int, skipped: BadRows, progress: bool
 ) -> _Opened:
     """Opens a source's cache, built first if need be, and adds its bad rows to those of the sources before it."""
-    if source.source == "text":
-        next(records(source, [], stage))  # refuses it
+    refuse_text(source, stage)
     files = source_files(source)
     content = _content(source, files, data.cache_dir)
     key = _hash((FORMAT, stage, content, tokenizer.fingerprint, seq_len, data.heldout_fraction))
