@@ -11,13 +11,16 @@ from mixtral_jax.config import Config, DataConfig, RunError, UserError
 from mixtral_jax.data.arguments import data_config, parse
 from mixtral_jax.data.bad_rows import BadRows
 from mixtral_jax.data.cache import build_cache
+from mixtral_jax.data.chat_corpus import open_chat_corpus
 from mixtral_jax.data.corpus import open_batches, open_corpus
-from mixtral_jax.data.packing import pack
+from mixtral_jax.data.corrected import write_corrected
+from mixtral_jax.data.packing import pack, pack_pairs
 from mixtral_jax.data.preview import preview_lines
 from mixtral_jax.data.text import documents, is_heldout
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from mixtral_jax.data.validate import validate
-from mixtral_jax.data.validation_report import report_lines
+from mixtral_jax.data.validate_chat import validate_chat
+from mixtral_jax.data.validation_report import corrected_lines, report_lines
 from mixtral_jax.jsonl import read_jsonl
 
 PREVIEW_LIMIT = 10_000_000  # positions
@@ -47,15 +50,32 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _look(arguments, config: Config | None) -> int:
-    """What --preview and --validate do."""
-    if not arguments.preview and not arguments.validate:
+    """What --preview, --validate and --write_corrected do."""
+    if not (arguments.preview or arguments.validate or arguments.write_corrected):
         raise UserError("nothing to do; give --config=FILE with --preview=N or --validate, or a command (see --help)")
     if config is None:
         raise UserError("--config is missing; for example --config=configs/tiny.py")
+    stage = config.train.stage
+    if arguments.write_corrected and stage == "pretrain":
+        raise UserError("--write_corrected with train.stage=pretrain; it corrects conversations (sft) and pairs (dpo)")
+    if arguments.out and not (arguments.validate or arguments.write_corrected):
+        raise UserError(f"--out={arguments.out} without --validate; there is no report to write")
     tokenizer = _load(config.data)
     if arguments.preview:
-        _show(config.data, tokenizer, arguments.preview, config.train.seq_len, config.train.seed)
-    return _validate(arguments, config, tokenizer) if arguments.validate else 0
+        _show(config.data, tokenizer, arguments.preview, config.train.seq_len, config.train.seed, stage)
+    report = {}
+    if arguments.validate:
+        report = _validate(arguments, config, tokenizer)
+    if arguments.write_corrected:
+        out = Path(arguments.write_corrected)
+        report["corrected"] = write_corrected(config, tokenizer, out, bar=sys.stderr.isatty())
+        print("\n".join(corrected_lines(report["corrected"])))
+    if arguments.out:
+        _write(Path(arguments.out), json.dumps(report, indent=2).encode() + b"\n")
+        print(f"written to {arguments.out}")
+    for problem in report.get("problems", ()):
+        print(f"error: {problem}", file=sys.stderr)
+    return 2 if report.get("problems") else 0
 
 
 def _load(data: DataConfig) -> Tokenizer:
@@ -68,19 +88,25 @@ def _build(arguments, config: Config | None) -> None:
         raise UserError(
             "data.streaming=True keeps no cache, so there is nothing to build; --validate reads the data once"
         )
+    stage = "pretrain" if config is None else config.train.stage
     tokenizer = _load(data)
-    corpus = build_cache(data, tokenizer, verify=True)
+    if stage == "pretrain":
+        corpus = build_cache(data, tokenizer, verify=True)
+    else:
+        corpus = open_chat_corpus(data, tokenizer, stage, seq_len)
     print(f"tokenizer {tokenizer.name}, vocabulary {tokenizer.vocab_size:,}, sha256 {tokenizer.fingerprint[:16]}")
+    planned = pack_pairs if stage == "dpo" else pack
     for source in corpus.sources:
         if len(corpus.sources) > 1:
             print(f"{source.name}, weight {source.weight:g}")
         print(f"{'split':<9}{'documents':>12}{'tokens':>17}{'bytes':>17}{'bytes/token':>13}{'rows':>11}{'padding':>9}")
         for name, split in (("train", source.train), ("held out", source.heldout)):
             size, tokens = int(split.bytes_.sum()), len(split.tokens)
-            plan = pack(split.lengths, seq_len)
+            plan = planned(split.lengths, seq_len, one_per_row=not data.packing)
+            # Of conversations only the bytes of answers are known, and they are not those of all tokens.
+            ratio = f"{size / max(tokens, 1):.3f}" if stage == "pretrain" else "-"
             print(
-                f"{name:<9}{len(split.ids):>12,}{tokens:>17,}{size:>17,}{size / max(tokens, 1):>13.3f}"
-                f"{plan.n_rows:>11,}{plan.waste:>9.2%}"
+                f"{name:<9}{len(split.ids):>12,}{tokens:>17,}{size:>17,}{ratio:>13}{plan.n_rows:>11,}{plan.waste:>9.2%}"
             )
     print(f"rows and padding are those of {seq_len} positions in a row")
 
@@ -92,21 +118,23 @@ def _preview(arguments, config: None) -> None:
     _show(data, _load(data), arguments.rows, seq_len, arguments.seed)
 
 
-def _show(data: DataConfig, tokenizer: Tokenizer, rows: int, seq_len: int, seed: int) -> None:
+def _show(data: DataConfig, tokenizer: Tokenizer, rows: int, seq_len: int, seed: int, stage: str = "pretrain") -> None:
     if rows * seq_len > PREVIEW_LIMIT:
         raise UserError(f"{rows} rows of {seq_len} positions; a preview shows at most {PREVIEW_LIMIT:,}")
     # The order of the rows does not depend on the batch size, so one batch of so many rows holds the run's first ones.
-    corpus = open_corpus(data, tokenizer)
-    batches = open_batches(data, corpus, tokenizer, batch_size=rows, seq_len=seq_len, seed=seed)
+    corpus = open_corpus(data, tokenizer) if stage == "pretrain" else open_chat_corpus(data, tokenizer, stage, seq_len)
+    batches = open_batches(data, corpus, tokenizer, batch_size=rows, seq_len=seq_len, seed=seed, pairs=stage == "dpo")
     batch = next(batches.read())[0] if data.streaming else batches.batch(0)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for line in preview_lines(batch, tokenizer, colour):
         print(line)
 
 
-def _validate(arguments, config: Config, tokenizer: Tokenizer) -> int:
+def _validate(arguments, config: Config, tokenizer: Tokenizer) -> dict:
+    """Prints the report, and returns it."""
     speed, origin = _speed(arguments)
-    report = validate(config, tokenizer, bar=sys.stderr.isatty())
+    read = validate if config.train.stage == "pretrain" else validate_chat
+    report = read(config, tokenizer, bar=sys.stderr.isatty())
     if report["run"] is not None:
         report["run"] |= {
             "tokens_per_second": speed,
@@ -114,12 +142,7 @@ def _validate(arguments, config: Config, tokenizer: Tokenizer) -> int:
             "seconds": speed and report["run"]["positions"] / speed,
         }
     print("\n".join(report_lines(report)))
-    if arguments.out:
-        _write(Path(arguments.out), json.dumps(report, indent=2).encode() + b"\n")
-        print(f"written to {arguments.out}")
-    for problem in report["problems"]:
-        print(f"error: {problem}", file=sys.stderr)
-    return 2 if report["problems"] else 0
+    return report
 
 
 def _speed(arguments) -> tuple[float | None, str]:

@@ -7,6 +7,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from mixtral_jax.config import Config, DataConfig, UserError, from_config_dict
+from mixtral_jax.data.mend import RULES
 
 # The defaults of configs/common.py (which the package cannot import; a test keeps them equal), and what each key means.
 DEFAULTS = {
@@ -27,10 +28,14 @@ EPILOG = """examples:
   python -m mixtral_jax.data --config=configs/tiny.py --validate
   python -m mixtral_jax.data --config=configs/tiny.py --config.data.tokenizer=bytes --preview=3
   python -m mixtral_jax.data --config=configs/mixtral_8x7b.py --validate --tokens_per_second=400000 --out=data.json
+  python -m mixtral_jax.data --config=configs/sft.py --validate --write_corrected=corrected.jsonl
   python -m mixtral_jax.data build --config=configs/tiny.py
   python -m mixtral_jax.data build --source=jsonl --path='corpus/*.jsonl' --text_key=content
   python -m mixtral_jax.data preview 2 --tokenizer=bytes --seq_len=512
   python -m mixtral_jax.data tokenizer --source=text --path=books --vocab_size=8000 --out=books.model
+
+rules of --write_corrected (a row that none of them mends is left out and named):
+{}
 
 exit status: 0 done, 2 a mistake in the arguments or bad data, 1 something went wrong on the way (a process was killed);
 explained on stderr."""
@@ -105,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         "python -m mixtral_jax.data",
         description="Builds, checks and shows training data.",
-        epilog=EPILOG,
+        epilog=EPILOG.format("\n".join(f"  {rule:<18}{meaning}" for rule, meaning in RULES.items())),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -122,7 +127,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="read all of the data: every bad row, counts, and what the run takes of it",
     )
-    add("--out", metavar="FILE", help="with --validate: write the report as JSON, too")
+    add(
+        "--write_corrected",
+        metavar="FILE",
+        help="stages sft and dpo: write what can be trained on as JSON lines, mended by the rules below",
+    )
+    add("--out", metavar="FILE", help="with --validate or --write_corrected: write the report as JSON, too")
     add("--tokens_per_second", type=float, help="with --validate: the speed from which the run's time follows")
     add("--workdir", help="with --validate: or the run whose metrics.jsonl tells the speed")
     commands = parser.add_subparsers(dest="command", metavar="build | preview | tokenizer", parser_class=_Parser)

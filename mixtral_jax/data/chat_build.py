@@ -27,6 +27,7 @@ from mixtral_jax.data.tokens import Ids, TokenFile, map_array
 
 DROPPED = ("too_long", "empty", "no_trained_token", "identical")  # the rules
 BATCH_CHARACTERS = 1_000_000  # text tokenised at a time
+ROW_CHARACTERS = 100  # what a row counts besides its text
 SHOWN = 3  # ids of rows left out by a rule
 INT64, FLOAT32 = np.dtype("<i8"), np.dtype("<f4")
 
@@ -71,6 +72,43 @@ def read_example(record: dict, job: Job) -> Example | Dropped | Unreadable:
     return Example((segments(job.tokenizer, parsed),), prompt_text(before_answers(parsed)))
 
 
+class Tokenised(NamedTuple):
+    """An example that is kept or too long: its documents as ids and loss weights, and the positions of all together."""
+
+    example: Example
+    documents: list[tuple[list[int], np.ndarray]]
+    positions: int
+
+
+def outcomes(rows: Iterable[Record], job: Job) -> Iterator[tuple[Record, Tokenised | Dropped | Unreadable]]:
+    """Yields what becomes of each record, in order; of what is dropped for its length the documents too, as Tokenised.
+
+    Raises:
+        UserError: of the records, or the tokenizer knows a later chat format only.
+    """
+    for batch in _batches(_examples(rows, job)):
+        examples = [found for _, found in batch if isinstance(found, Example)]
+        texts = [segment.text for example in examples for document in example.documents for segment in document]
+        encoded = iter(job.tokenizer.encode_many(texts))
+        for record, found in batch:
+            yield record, _tokenised(found, encoded, job) if isinstance(found, Example) else found
+
+
+def _tokenised(example: Example, encoded: Iterator[Sequence[int]], job: Job) -> Tokenised | Dropped:
+    documents = [
+        assemble(job.tokenizer, document, itertools.islice(encoded, len(document))) for document in example.documents
+    ]
+    if len(documents) == 2 and documents[0][0] == documents[1][0]:  # v3 drops spaces at the end
+        return Dropped("identical")
+    return Tokenised(example, documents, sum(len(ids) - 1 for ids, _ in documents))
+
+
+def _examples(rows: Iterable[Record], job: Job) -> Iterator[tuple[Record, Example | Dropped | Unreadable]]:
+    for record in rows:
+        content = record.content
+        yield record, content if isinstance(content, Unreadable) else read_example(content, job)
+
+
 def build(folder: Path, rows: Iterable[Record], job: Job, bad_rows: BadRows) -> int:
     """Tokenises records into the files of a folder.
 
@@ -88,15 +126,8 @@ def build(folder: Path, rows: Iterable[Record], job: Job, bad_rows: BadRows) -> 
     """
     with ExitStack() as stack:
         tally = _Tally(job, [stack.enter_context(_SplitWriter(folder, name, job.dtype)) for name in SPLITS])
-        for batch in _batches(tally.read(rows, bad_rows)):
-            texts = [segment.text for _, example in batch for document in example.documents for segment in document]
-            encoded = iter(job.tokenizer.encode_many(texts))
-            for record, example in batch:
-                documents = [
-                    assemble(job.tokenizer, document, itertools.islice(encoded, len(document)))
-                    for document in example.documents
-                ]
-                tally.place(record, example, documents)
+        for record, found in outcomes(rows, job):
+            tally.add(record, found, bad_rows)
         write_record(folder / ENTRY, tally.finish())
     return tally.counts["tokens"]
 
@@ -135,27 +166,21 @@ class _Tally:
         self._seen: set[bytes] = set()
         self._examples: dict[str, list[str]] = {rule: [] for rule in DROPPED}
 
-    def read(self, rows: Iterable[Record], bad_rows: BadRows) -> Iterator[tuple[Record, Example]]:
-        for record in rows:
-            self.counts["rows"] += 1
-            found = record.content
-            if not isinstance(found, Unreadable):
-                found = read_example(found, self._job)
-            if isinstance(found, Unreadable):
-                bad_rows.add(record.name, record.number, found.reason)
-                self._bad.append([record.name, record.number, found.reason])
-            elif isinstance(found, Dropped):
-                self._drop(record, found.rule)
+    def add(self, record: Record, found: Tokenised | Dropped | Unreadable, bad_rows: BadRows) -> None:
+        self.counts["rows"] += 1
+        if isinstance(found, Unreadable):
+            bad_rows.add(record.name, record.number, found.reason)
+            self._bad.append([record.name, record.number, found.reason])
+        elif isinstance(found, Dropped):
+            self._drop(record, found.rule)
+        else:
+            self.counts["longest"] = max(self.counts["longest"], found.positions)
+            if found.positions > self._job.seq_len:
+                self._drop(record, "too_long")
             else:
-                yield record, found
+                self._place(record, *found[:2])
 
-    def place(self, record: Record, example: Example, documents: list[tuple[list[int], np.ndarray]]) -> None:
-        positions = sum(len(ids) - 1 for ids, _ in documents)
-        self.counts["longest"] = max(self.counts["longest"], positions)
-        if len(documents) == 2 and documents[0][0] == documents[1][0]:  # v3 drops spaces at the end
-            return self._drop(record, "identical")
-        if positions > self._job.seq_len:
-            return self._drop(record, "too_long")
+    def _place(self, record: Record, example: Example, documents: list[tuple[list[int], np.ndarray]]) -> None:
         position = hash_position(example.prompt)
         self._positions.append(position)
         split = self._splits[position < self._job.heldout_fraction]
@@ -172,7 +197,6 @@ class _Tally:
         self.counts["duplicates"] += digest.digest() in self._seen
         self._seen.add(digest.digest())
         self.counts[split.name] += 1
-        return None
 
     def _drop(self, record: Record, rule: str) -> None:
         self.counts[rule] += 1
@@ -226,11 +250,14 @@ class _SplitWriter:
         return {path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)} for path in paths}
 
 
-def _batches(examples: Iterator[tuple[Record, Example]]) -> Iterator[list[tuple[Record, Example]]]:
+def _batches(found: Iterator[tuple]) -> Iterator[list[tuple]]:
+    """Yields runs of (record, what it is) with so much text in their examples that tokenising in parallel pays."""
     batch, size = [], 0
-    for one in examples:
-        batch.append(one)
-        size += sum(len(segment.text) for document in one[1].documents for segment in document)
+    for record, one in found:
+        batch.append((record, one))
+        size += ROW_CHARACTERS
+        if isinstance(one, Example):
+            size += sum(len(segment.text) for document in one.documents for segment in document)
         if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0

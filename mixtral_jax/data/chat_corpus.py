@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 from mixtral_jax.config import DataConfig, SourceConfig, UserError
 from mixtral_jax.data.bad_rows import BadRows
-from mixtral_jax.data.build import Shown
 from mixtral_jax.data.cache import Corpus, Source, require_both
 from mixtral_jax.data.chat_build import DROPPED, SPLITS, Job, build, open_built
 from mixtral_jax.data.fingerprint import fingerprint
-from mixtral_jax.data.once import build_once
 from mixtral_jax.data.records import Stage, records, refuse_text
+from mixtral_jax.data.remote_cache import build_once, place
+from mixtral_jax.data.shown import Shown
 from mixtral_jax.data.sources import source_files
 from mixtral_jax.data.tokens import TokenFile
 
@@ -66,7 +66,7 @@ def open_chat_corpus(data: DataConfig, tokenizer, stage: Stage, seq_len: int, pr
         name = f"{source.name}: " if data.mixture else ""
         logger.info("%s%s", name, summary(each.entry["report"], unit, seq_len))
         if not each.entry["report"][unit]:
-            raise _nothing_left(source, each.entry["report"], unit, seq_len)
+            raise nothing_left(source, each.entry["report"], unit, seq_len)
     require_both(data, [_prompts(each.entry) for each in opened], unit)
     key = hashlib.sha256(repr([each.key for each in opened]).encode()).hexdigest()[:32]
     report = {"sources": {source.name: each.entry["report"] for source, each in zip(data.sources, opened)}}
@@ -103,11 +103,12 @@ def _open(
     """Opens a source's cache, built first if need be, and adds its bad rows to those of the sources before it."""
     refuse_text(source, stage)
     files = source_files(source)
-    content = _content(source, files, data.cache_dir)
+    here = place(data.cache_dir).local
+    content = _content(source, files, here)
     key = _hash((FORMAT, stage, content, tokenizer.fingerprint, seq_len, data.heldout_fraction))
     # The files' names are in the ids of documents, but a corpus that was moved is the same one.
     names = [name for name, _ in files]
-    folder = Path(data.cache_dir).expanduser() / "chat" / _hash((key, names))
+    at = place(data.cache_dir, "chat", _hash((key, names)))
     job = Job(tokenizer, stage, seq_len, source.text_key, data.heldout_fraction)
     built = False
 
@@ -115,10 +116,10 @@ def _open(
         nonlocal built
         built = True
         _build(into, source, files, job, skipped, progress)
-        if _content(source, files, data.cache_dir) != content:
+        if _content(source, files, here) != content:
             raise UserError(f"{source.name}: files changed while they were tokenised; run it again")
 
-    opened = _Opened(key, *build_once(folder, open_built, make))
+    opened = _Opened(key, *build_once(at, open_built, make))
     bad = opened.entry["bad"]
     if not built and skipped.count + len(bad) > skipped.limit:
         for name, number, reason in bad:
@@ -134,7 +135,7 @@ def _build(folder: Path, source: SourceConfig, files: list, job: Job, skipped: B
     # The standard library's files are read by docstrings.py, which does not say how far it is.
     size = 0 if source.source == "stdlib" else sum(path.stat().st_size for _, path in files)
     try:
-        with Shown(size, progress and size > 0) as shown:
+        with Shown(size, progress and size > 0, "tokenising", "tokenised") as shown:
             done = build(folder, records(source, files, job.stage, shown.add), job, skipped)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -147,7 +148,7 @@ def _build(folder: Path, source: SourceConfig, files: list, job: Job, skipped: B
         logger.info("tokenised %s tokens in %.1f s", f"{done:,}", time.perf_counter() - start)
 
 
-def _content(source: SourceConfig, files: list, cache_dir: str) -> str:
+def _content(source: SourceConfig, files: list, cache_dir: Path) -> str:
     """The hash of all that decides the rows."""
     found = fingerprint(source, files, cache_dir)
     if source.source != "stdlib":
@@ -157,7 +158,8 @@ def _content(source: SourceConfig, files: list, cache_dir: str) -> str:
     return _hash((found, hashlib.sha256(Path(docstrings.__file__).read_bytes()).hexdigest()))
 
 
-def _nothing_left(source: SourceConfig, report: dict, unit: str, seq_len: int) -> UserError:
+def nothing_left(source: SourceConfig, report: dict, unit: str, seq_len: int) -> UserError:
+    """The error of a source of which no conversation or pair is left, with its part of the report."""
     where = f"data.source={source.source}, data.path={source.path!r}"
     if not report["rows"]:
         return UserError(f"{where}: there are no rows in it; set data.path to files that have some")

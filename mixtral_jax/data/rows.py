@@ -87,7 +87,7 @@ def read_records(part: Part, keys: Sequence[str]) -> Iterator[tuple[int, dict | 
     with _readable(part.name):
         if part.kind == "jsonl":
             for number, line in _read_lines(part):
-                yield number, _json_record(line, keys[0]) if line else None
+                yield number, json_record(line, keys[0]) if line else None
         else:
             yield from read_table_records(part.kind, part.name, part.path, part.begin, part.end, keys)
 
@@ -161,13 +161,14 @@ def _read_lines(part: Part) -> Iterator[tuple[int, bytes]]:
 
 
 def _json_text(line: bytes, text_key: str) -> str | Unreadable:
-    record = _json_record(line, text_key)
+    record = json_record(line, text_key)
     if isinstance(record, Unreadable):
         return record
     return check_text(record[text_key], text_key) if text_key in record else no_key(record, text_key)
 
 
-def _json_record(line: bytes, example: str) -> dict | Unreadable:
+def json_record(line: bytes, example: str) -> dict | Unreadable:
+    """Reads a line as a JSON object; `example` is a key that such a line may have, for the message."""
     try:
         record = json.loads(line.decode())
     except UnicodeDecodeError as error:

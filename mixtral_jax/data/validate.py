@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from tqdm import tqdm
 
-from mixtral_jax.config import Config, SourceConfig, UserError
+from mixtral_jax.config import Config, DataConfig, SourceConfig, UserError
 from mixtral_jax.data import stream
 from mixtral_jax.data.mixture import Schedule
 from mixtral_jax.data.packing import pack
@@ -44,24 +44,29 @@ def validate(config: Config, tokenizer, bar: bool = False) -> dict:
     """
     data, train = config.data, config.train
     total = _text_bytes(data.sources, data.streaming)
-    bad_rows, seen, counts, broken = AllBadRows(), _Seen(tokenizer.vocab_size), {}, {}
+    bad_rows, texts, vocabulary, counts, broken = AllBadRows(), _Texts(), Vocabulary(tokenizer.vocab_size), {}, {}
     with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=not bar) as shown:
         for source in data.sources:
             found = counts[source.name] = {"train": _Split(), "heldout": _Split()}
             broken[source.name] = []
             readable = _documents(source, data.streaming, bad_rows, broken[source.name])
             for document, ids in _tokenised(readable, tokenizer):
-                seen.add(document, ids)
+                texts.add(document)
+                vocabulary.add(ids)
                 side = "heldout" if is_heldout(document.text, data.heldout_fraction) else "train"
                 shown.update(found[side].add(document, ids))
-    problems = [*itertools.chain(*broken.values()), *_problems(config, tokenizer, counts, bad_rows, broken)]
-    epochs = [_epoch(both, data.streaming, train.seq_len) for both in counts.values()]
+    lengths = {name: {side: split.lengths for side, split in both.items()} for name, both in counts.items()}
+    epochs = [_epoch(both["train"], data, train.seq_len) for both in lengths.values()]
     return {
-        "problems": problems,
+        "problems": [
+            *itertools.chain(*broken.values()),
+            *shared_problems(config, tokenizer, lengths, bad_rows, broken, "document"),
+        ],
         "bad_rows": bad_rows.report_of(data.max_bad_rows),
         "sources": {name: {side: split.report() for side, split in both.items()} for name, both in counts.items()},
-        **seen.report(tokenizer),
-        "run": _run(config, epochs) if all(rows for rows, _ in epochs) else None,
+        "duplicates": texts.duplicates(),
+        "vocabulary": vocabulary.report(tokenizer),
+        "run": run_report(config, epochs) if all(rows for rows, _ in epochs) else None,
     }
 
 
@@ -105,38 +110,52 @@ class _Split:
     def report(self) -> dict:
         lengths = self.lengths
         tokens = int(lengths.sum())
-        # Of lengths that occur, so that the median of two documents is one of them.
-        at = np.percentile(lengths, list(PERCENTILES.values()), method="inverted_cdf") if len(lengths) else [0] * 4
         return {
             "documents": len(lengths),
             "tokens": tokens,
             "bytes": self.bytes_,
             "bytes_per_token": self.bytes_ / tokens if tokens else None,
-            "document_tokens": dict(zip(PERCENTILES, map(int, at))),
+            "document_tokens": percentiles(lengths),
         }
 
 
-class _Seen:
-    """Which ids occur how often, and which texts occurred before."""
+def percentiles(lengths: np.ndarray) -> dict[str, int]:
+    """The percentiles of PERCENTILES, of values that occur, so that the median of two is one of them; 0 of none."""
+    at = np.percentile(lengths, list(PERCENTILES.values()), method="inverted_cdf") if len(lengths) else [0] * 4
+    return dict(zip(PERCENTILES, map(int, at)))
+
+
+class Vocabulary:
+    """Which ids occur how often."""
 
     def __init__(self, vocab_size: int):
-        self._counts, self._texts = np.zeros(vocab_size, np.int64), array("Q")
+        self._counts = np.zeros(vocab_size, np.int64)
 
-    def add(self, document: Document, ids: list[int]) -> None:
-        self._texts.append(int.from_bytes(hashlib.sha256(document.text.encode()).digest()[:8]))
+    def add(self, ids: list[int]) -> None:
+        """Counts the ids of a text."""
         np.add.at(self._counts, ids, 1)
 
     def report(self, tokenizer) -> dict:
+        """Returns "size", "used" and "fallback_share"."""
         total, fallback = int(self._counts.sum()), list(tokenizer.fallback_ids)
-        used = int(np.count_nonzero(self._counts))
         return {
-            "duplicates": len(self._texts) - len(np.unique(np.array(self._texts, np.uint64))),
-            "vocabulary": {
-                "size": len(self._counts),
-                "used": used,
-                "fallback_share": float(self._counts[fallback].sum()) / max(total, 1),
-            },
+            "size": len(self._counts),
+            "used": int(np.count_nonzero(self._counts)),
+            "fallback_share": float(self._counts[fallback].sum()) / max(total, 1),
         }
+
+
+class _Texts:
+    """Which texts occurred before."""
+
+    def __init__(self):
+        self._texts = array("Q")
+
+    def add(self, document: Document) -> None:
+        self._texts.append(int.from_bytes(hashlib.sha256(document.text.encode()).digest()[:8]))
+
+    def duplicates(self) -> int:
+        return len(self._texts) - len(np.unique(np.array(self._texts, np.uint64)))
 
 
 def _documents(source: SourceConfig, streaming: bool, bad_rows: AllBadRows, broken: list[str]) -> Iterator[Document]:
@@ -188,18 +207,30 @@ def _text_bytes(sources: Iterable[SourceConfig], streaming: bool) -> int | None:
     return None
 
 
-def _problems(config: Config, tokenizer, counts: dict, bad_rows: AllBadRows, broken: dict) -> Iterator[str]:
+def shared_problems(
+    config: Config, tokenizer, lengths: dict, bad_rows: AllBadRows, broken: dict, unit: str
+) -> Iterator[str]:
+    """Yields what else keeps a run from starting.
+
+    Args:
+        config: the run.
+        tokenizer: its tokenizer.
+        lengths: source -> split -> an array with an item for each document.
+        bad_rows: the rows that cannot be read.
+        broken: source -> what was said about it already.
+        unit: what sentences call a document.
+    """
     data = config.data
     if bad_rows.count > data.max_bad_rows:
         yield (
             f"{bad_rows.count:,} rows cannot be read, and data.max_bad_rows={data.max_bad_rows} may be skipped; "
             "mend them or raise it"
         )
-    for name, both in counts.items():
-        if not len(both["train"].lengths) and not broken[name]:  # else that is why
-            yield f"{name} has no training document; add text, or lower data.heldout_fraction={data.heldout_fraction}"
-    if not any(len(both["heldout"].lengths) or broken[name] for name, both in counts.items()):
-        yield f"no document is held out; add text, or raise data.heldout_fraction={data.heldout_fraction}"
+    for name, both in lengths.items():
+        if not len(both["train"]) and not broken[name]:  # else that is why
+            yield f"{name} has no training {unit}; add text, or lower data.heldout_fraction={data.heldout_fraction}"
+    if not any(len(both["heldout"]) or broken[name] for name, both in lengths.items()):
+        yield f"no {unit} is held out; add text, or raise data.heldout_fraction={data.heldout_fraction}"
     if tokenizer.vocab_size > config.model.vocab_size:
         yield (
             f"the tokenizer has {tokenizer.vocab_size:,} ids and model.vocab_size={config.model.vocab_size}; "
@@ -207,17 +238,16 @@ def _problems(config: Config, tokenizer, counts: dict, bad_rows: AllBadRows, bro
         )
 
 
-def _epoch(both: dict, streaming: bool, seq_len: int) -> tuple[int, int]:
+def _epoch(lengths: np.ndarray, data: DataConfig, seq_len: int) -> tuple[int, int]:
     """Returns (rows, tokens) of one epoch of a source."""
-    lengths = both["train"].lengths
-    if streaming:
+    if data.streaming:
         return epoch_size(lengths, seq_len)
-    plan = pack(lengths, seq_len)
+    plan = pack(lengths, seq_len, one_per_row=not data.packing)
     return plan.n_rows, plan.n_tokens
 
 
-def _run(config: Config, epochs: list[tuple[int, int]]) -> dict:
-    """What train.steps take from each source; every one has rows."""
+def run_report(config: Config, epochs: list[tuple[int, int]]) -> dict:
+    """What train.steps take from each source, given (rows, positions that are no padding) of its epoch; each has rows."""
     data, train = config.data, config.train
     rows = train.steps * train.batch_size
     schedule = Schedule([source.name for source in data.sources], [source.weight for source in data.sources])
@@ -236,6 +266,8 @@ def _run(config: Config, epochs: list[tuple[int, int]]) -> dict:
                 "epochs": usage.epochs,
                 "rows_per_epoch": n_rows,
                 "padding": 1 - n_tokens / (n_rows * train.seq_len),
+                # At the source's share of the rows.
+                "steps_per_epoch": train.steps / usage.epochs if usage.epochs else None,
             }
             for usage, (n_rows, n_tokens) in zip(used, epochs)
         },

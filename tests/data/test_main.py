@@ -41,7 +41,9 @@ def test_defaults_are_those_of_the_configs():
     common = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(common)
     base = common.base()
-    one_source = {key: default for key, default in base.data.to_dict().items() if key not in ("mixture", "streaming")}
+    one_source = {
+        key: default for key, default in base.data.to_dict().items() if key not in ("mixture", "streaming", "packing")
+    }
     assert {key: default for key, (default, _) in DEFAULTS.items()} == one_source
     assert base.train.seq_len == SEQ_LEN
 
