@@ -153,7 +153,7 @@ def _content(source: SourceConfig, files: list, cache_dir: Path) -> str:
     found = fingerprint(source, files, cache_dir)
     if source.source != "stdlib":
         return found
-    from mixtral_jax.data import docstrings  # decides what becomes of the files
+    import mixtral_jax.data.docstrings as docstrings  # decides what becomes of the files
 
     return _hash((found, hashlib.sha256(Path(docstrings.__file__).read_bytes()).hexdigest()))
 
