@@ -12,7 +12,9 @@ from mixtral_jax import cli
 from mixtral_jax.config import UserError
 
 cli.define_process_flags()
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's workdir, WORKDIR/checkpoints/STEP or hf:DIR.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "A run's workdir or WORKDIR/checkpoints/STEP, here or on a store (gs://bucket/run), or hf:DIR."
+)
 _STEP = flags.DEFINE_string(
     "step", None, "Of a workdir, which checkpoint: a number, or best (lowest held-out loss); default: the newest."
 )

@@ -12,8 +12,8 @@ from configs import common
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Arguments: `steps=N` (a shorter or longer run, its rhythm scaled); `tiny` (seconds, for tests)."""
-    args = common.parse_arg(arg, tiny=False, steps=400)
+    """Arguments: `steps=N` (a shorter or longer run, its rhythm scaled); `stage=sft` or `stage=dpo`; `tiny` (seconds, for tests)."""
+    args = common.parse_arg(arg, tiny=False, steps=400, stage="pretrain")
     c = common.base()
     c.model.update(
         vocab_size=1024,
@@ -43,4 +43,20 @@ def get_config(arg: str | None = None) -> ConfigDict:
         checkpoint_every=fifth,
         checkpoints_to_keep=2,
     )
+    if args.stage != "pretrain":
+        _tune(c, args.stage)
     return common.shrink(c) if args.tiny else c
+
+
+def _tune(c: ConfigDict, stage: str) -> None:
+    """SFT and DPO on questions about the standard library, the answers being its documentation."""
+    c.optim.update(learning_rate={"sft": 1.5e-3, "dpo": 4e-4}[stage], weight_decay=0.0)
+    c.train.update(
+        stage=stage,
+        sample_prompts=(
+            "What does the function os.path.isdir(path) do?",
+            "Summarise this Python method: def list.append(object)",
+            "What is the class collections.OrderedDict for?",
+        ),
+        sample_tokens=48,
+    )

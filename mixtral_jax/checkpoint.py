@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from mixtral_jax import distributed
 from mixtral_jax.config import RunError, UserError
 from mixtral_jax.fingerprint import fingerprints
-from mixtral_jax.mirror import folder, is_remote
+from mixtral_jax.remote import folder, is_remote
 from mixtral_jax.sharding import named_leaves
 
 # The largest piece in which an array is stored. Orbax's default is a device's whole shard, so that whoever wants one

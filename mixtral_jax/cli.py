@@ -46,6 +46,8 @@ def join_processes() -> None:
         RunError: the others did not come.
     """
     distributed.start({name: flags.FLAGS[name].value for name in clusters.FLAGS})
+    if distributed.together():
+        watch.begin()
 
 
 def typed_config(value: ConfigDict | None) -> Config:
@@ -118,7 +120,7 @@ def guarded(main: Callable[[], int | None], interrupted: str = "interrupted") ->
         return stopped.status
     except UserError as error:
         watch.failed(error, 2)
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{_mark()}error: {error}", file=sys.stderr)
         return 2
     except RunError as error:
         watch.failed(error, error.status)
@@ -132,6 +134,12 @@ def guarded(main: Callable[[], int | None], interrupted: str = "interrupted") ->
         print(interrupted, file=sys.stderr)
         return 130
     return status
+
+
+def _mark() -> str:
+    """What begins a mistake's words: all that our launcher started make the same one, unless they have met already."""
+    place = os.environ.get(clusters.VARIABLES[2], "0")
+    return clusters.MISTAKE if clusters.LAUNCHER in os.environ and place != "0" else ""
 
 
 def _unknown(name: str) -> str:

@@ -11,6 +11,8 @@ from mixtral_jax.config import UserError
 FLAGS = ("coordinator", "processes", "process_id")
 VARIABLES = tuple(f"MIXTRAL_JAX_{name.upper()}" for name in FLAGS)
 LAUNCHER = "MIXTRAL_JAX_LAUNCHER"  # the launcher's process, in the environment of those it starts
+MISTAKE = "\x1e"  # begins a mistake's words from a process that has not met the others: the launcher shows one of them
+SILENCE = re.compile(r"process (\d+)(?:, which coordinates the others,)? has given no sign of life for \d+ s")
 
 
 class Place(NamedTuple):
@@ -47,6 +49,12 @@ def place_given(flags: Mapping[str, str | int | None], environment: Mapping[str,
     if not 0 <= index < count:
         raise UserError(f"{told}; processes are numbered from 0 to {max(count - 1, 0)}")
     return Place(coordinator, count, index)
+
+
+def silence(process: int | str, seconds: int) -> str:
+    """What is said of a process that is no longer heard; SILENCE reads it."""
+    who = ", which coordinates the others," if int(process) == 0 else ""
+    return f"process {process}{who} has given no sign of life for {seconds} s"
 
 
 def cluster(environment: Mapping[str, str] = os.environ) -> str | None:

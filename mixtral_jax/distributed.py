@@ -55,12 +55,8 @@ def start(flags: Mapping[str, str | int | None], wait_seconds: int = WAIT_SECOND
                 raise RunError(
                     f"{found} started several processes and jax does not find the others: {error}"
                 ) from error
-    if together():
-        from mixtral_jax import watch  # it imports this module
-
-        watch.begin()
-        if not speaks():
-            last_words.prepare(process_id(), coordinator())
+    if together() and not speaks():
+        last_words.prepare(process_id(), coordinator())
 
 
 def _initialize(wait_seconds: int, **known) -> None:

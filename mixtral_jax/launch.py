@@ -10,6 +10,7 @@ For trials on one machine, and for a host whose GPUs each want a process. On a c
 
 import argparse
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -20,7 +21,7 @@ import threading
 import time
 from pathlib import Path
 
-from mixtral_jax.clusters import LAUNCHER, VARIABLES
+from mixtral_jax.clusters import LAUNCHER, MISTAKE, SILENCE, VARIABLES
 
 AFTER = """\
 What follows -- is a Python script or -m MODULE, with its flags. Each process gets where the others are in its environment
@@ -32,10 +33,12 @@ exit status: 0 all are done, else that of the first process to fail (128 + N: ki
 OWN_END_SECONDS = 40  # for the others to notice, say so and end, after one has failed
 TERM_SECONDS = 10  # from SIGTERM to SIGKILL
 RESTART_SECONDS = 3
+FROZEN_SECONDS = 3  # for a process that gave no sign of life, once it alone is left
+SAME_SECONDS = 5  # for process 0 to end with the mistake that another has ended with
 # What gloo and jax's coordination service write for their developers.
 NOISE = re.compile(
     r"\[Gloo\] Rank \d+ is connected|[EWI]\d{4} [\d:.]+ +\d+ (coordination_service|preemption_sync)|\s+@ +0x|"
-    r"\*\*\* Check failure|Additional GRPC error|:UNKNOWN:Error received from peer|RPC: /xla|$"
+    r"\*\*\* Check failure|Additional GRPC error|:UNKNOWN:Error received from peer|RPC: /xla"
 )
 
 
@@ -65,7 +68,9 @@ def visible_gpus() -> list[str]:
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         return []
     if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
+        names = [name.strip() for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",")]
+        # CUDA reads up to the first that is none, and -1 is none.
+        return list(itertools.takewhile(lambda name: name and not name.startswith("-"), names))
     return [str(i) for i, _ in enumerate(sorted(Path("/dev").glob("nvidia[0-9]*")))]
 
 
@@ -82,8 +87,10 @@ class Job:
     def __init__(self, program: list[str], count: int, devices: int | None):
         coordinator = f"127.0.0.1:{free_port()}"
         self._readers: list[threading.Thread] = []
-        self.processes = [self._start(program, environment(coordinator, count, i, devices), i) for i in range(count)]
-        self.signalled: int | None = None
+        self._silent: set[int] = set()  # those of whom the others said that they give no sign of life
+        self.processes: list[subprocess.Popen] = []
+        for i in range(count):
+            self.processes.append(self._start(program, environment(coordinator, count, i, devices), i))
 
     def _start(self, program: list[str], given: dict[str, str], index: int) -> subprocess.Popen:
         # Sessions of their own: a terminal's Ctrl-C comes here alone, and goes on to each of them once.
@@ -98,7 +105,7 @@ class Job:
         )
         for pipe, out in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
             if pipe is not None:
-                thread = threading.Thread(target=_pass_on, args=(pipe, out, index), daemon=True)
+                thread = threading.Thread(target=self._pass_on, args=(pipe, out, index), daemon=True)
                 thread.start()
                 self._readers.append(thread)
         return process
@@ -110,17 +117,19 @@ class Job:
                 with contextlib.suppress(ProcessLookupError):
                     process.send_signal(number)
 
-    def wait(self) -> tuple[int, int] | None:
-        """Waits until all have ended; returns the first to fail and its status, or None if all went well."""
-        first, deadline, step = None, None, 0
-        while any(process.poll() is None for process in self.processes):
-            failed = [i for i, process in enumerate(self.processes) if process.poll()]
-            if failed and first is None:
-                first = failed[0]
-                told = _ending(self.processes[first].returncode)
-                running = sum(process.poll() is None for process in self.processes)
-                _say(f"process {first} {told}, the first to end; waiting for the {running} others to notice")
-                deadline = time.monotonic() + OWN_END_SECONDS
+    def wait(self) -> tuple[str, int] | None:
+        """Waits until all have ended; returns who failed first, in words, and the status, or None if all went well."""
+        first, deadline, step, frozen = None, None, 0, None
+        while running := [i for i, process in enumerate(self.processes) if process.poll() is None]:
+            if first is None:
+                first = next((i for i, process in enumerate(self.processes) if process.poll()), None)
+                if first is not None:
+                    told = _ending(self.processes[first].returncode)
+                    _say(f"process {first} {told}, the first to end; waiting for the {len(running)} others to notice")
+                    deadline = time.monotonic() + OWN_END_SECONDS
+            elif frozen is None and self._silent.issuperset(running):
+                # Whoever is only slow ends now, like the others; a frozen process hears no SIGTERM.
+                frozen, step, deadline = running, 1, time.monotonic() + FROZEN_SECONDS
             if deadline and time.monotonic() > deadline:
                 self.send((signal.SIGTERM, signal.SIGKILL)[step])
                 deadline, step = time.monotonic() + TERM_SECONDS, 1
@@ -131,17 +140,37 @@ class Job:
         if not failed:
             return None
         first = failed[0] if first is None else first
-        return first, _status(self.processes[first].returncode)
+        status = _status(self.processes[first].returncode)
+        frozen = [i for i in frozen or () if self.processes[i].returncode == -signal.SIGKILL]
+        if frozen:
+            return f"process {frozen[0]} gave no sign of life (frozen?) and was killed, the first to fail", status
+        return f"process {first} {_ending(self.processes[first].returncode)}, the first to end", status
 
-
-def _pass_on(pipe, out, index: int) -> None:
-    prefix = f"process {index}: " if index else ""
-    with pipe:
-        for raw in pipe:
-            line = raw.decode(errors="replace")
-            if not NOISE.match(line):
+    def _pass_on(self, pipe, out, index: int) -> None:
+        prefix, mistake = f"process {index}: " if index else "", ""
+        with pipe:
+            for raw in pipe:
+                line = raw.decode(errors="replace")
+                if mistake or line.startswith(MISTAKE):
+                    mistake += line.removeprefix(MISTAKE)
+                    continue
+                if NOISE.match(line):
+                    continue
+                silent = SILENCE.search(line)
+                if silent:
+                    self._silent.add(int(silent[1]))
                 out.write(line if line.startswith(prefix) else prefix + line)
                 out.flush()
+        if mistake and not self._told_by_process_0():
+            out.write(prefix + mistake)
+            out.flush()
+
+    def _told_by_process_0(self) -> bool:
+        """Whether process 0 ends with a mistake, too; one voice is enough."""
+        end = time.monotonic() + SAME_SECONDS
+        while self.processes[0].poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        return self.processes[0].poll() == 2
 
 
 def _status(returncode: int) -> int:
@@ -176,8 +205,8 @@ def run(program: list[str], count: int, devices: int | None, restarts: int) -> i
             failed = job.wait()
             if failed is None:
                 return 0
-            first, status = failed
-            _say(f"process {first} {_ending(job.processes[first].returncode)}, the first to end; all have ended")
+            who, status = failed
+            _say(f"{who}; all have ended")
             if stopped or status == 2 or attempt == restarts:
                 return status
             _say(f"starting all again, number {attempt + 1} of at most {restarts}")

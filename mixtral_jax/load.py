@@ -12,7 +12,7 @@ from mixtral_jax.convert.restore import restore
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.fingerprint import fingerprints
 from mixtral_jax.models import mixtral
-from mixtral_jax.models.decode import FLOAT32
+from mixtral_jax.models.layers import FLOAT32
 from mixtral_jax.resolve import Checkpoint, resolve_checkpoint
 from mixtral_jax.sharding import make_mesh, named_leaves, path_names, tree_shardings
 from mixtral_jax.workdir import load_run
@@ -95,7 +95,7 @@ def _verify(checkpoint: Checkpoint, model) -> None:
 def stored_config(checkpoint: Checkpoint) -> Config:
     """The configuration of a checkpoint: a run's own; of others' files their model, and the defaults for the rest."""
     if checkpoint.step is not None:
-        return from_config_dict(load_run(checkpoint.folder))
+        return from_config_dict(load_run(checkpoint.local))
     weights = Foreign(checkpoint.folder)
     weights.close()
     return weights.config
@@ -108,7 +108,7 @@ def stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
         UserError: there is none, or it is damaged.
     """
     if checkpoint.step is not None:
-        path = checkpoint.folder / "tokenizer"
+        path = checkpoint.local / "tokenizer"
         missing = None if path.is_dir() else "tokenizer/ (it was imported without one)"
     else:
         weights = Foreign(checkpoint.folder)

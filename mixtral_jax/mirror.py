@@ -6,34 +6,27 @@ written there directly, by Orbax. What a crash keeps from being copied is the me
 which the run goes on, so that it writes them again.
 """
 
-import hashlib
+import contextlib
 import os
 from pathlib import Path
 
 from etils import epath
 
+from mixtral_jax import remote
 from mixtral_jax.config import RunError, UserError
+from mixtral_jax.remote import is_remote
+
+__all__ = ["fetch_description", "is_remote", "local_copy", "local_side", "pull", "push"]
 
 ROOT = "~/.cache/mixtral_jax/workdirs"
+READ_ROOT = "~/.cache/mixtral_jax/checkpoints"  # of what is only read: a run may be going on in the other
+DESCRIPTION = ("config.json", "tokenizer/*")
 FILES = ("config.json", "metrics.jsonl", "wandb.json", "report.png", "tokenizer/*", "tensorboard/*")
 
 
-def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path is that of an object store, such as gs://bucket/run, and not of a file system that is mounted."""
-    return "://" in os.fspath(path)
-
-
-def folder(path: str | os.PathLike) -> Path | epath.Path:
-    """A path that can be looked into, wherever it is: an epath.Path of an object store, else an absolute Path."""
-    return epath.Path(path) if is_remote(path) else Path(path).resolve()
-
-
-def local_side(workdir: str | os.PathLike, root: str = ROOT) -> Path:
+def local_side(workdir: str | os.PathLike) -> Path:
     """The local folder of a workdir: its own if it is local."""
-    if not is_remote(workdir):
-        return Path(workdir)
-    text = os.fspath(workdir).rstrip("/")
-    return Path(root).expanduser() / f"{text.rpartition('/')[2]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return remote.local_side(workdir, ROOT)
 
 
 def pull(workdir: str | os.PathLike, local: Path) -> None:
@@ -77,9 +70,42 @@ def push(local: Path, workdir: str | os.PathLike, copied: dict[str, tuple[int, i
         copied[name] = (stat.st_size, stat.st_mtime_ns)
 
 
-def _files(root: Path | epath.Path) -> list:
+def local_copy(workdir: str | os.PathLike) -> Path:
+    """Where `fetch_description` puts the files of a workdir; a local workdir itself."""
+    return remote.local_side(workdir, READ_ROOT)
+
+
+def fetch_description(workdir: str | os.PathLike) -> None:
+    """Fetches the configuration and the tokenizer of a workdir on an object store, for whoever reads its weights.
+
+    Several processes of a host may do so at a time: each file is replaced as a whole.
+
+    Raises:
+        UserError: the object store cannot be reached, or the files cannot be kept here.
+    """
+    local, there = local_copy(workdir), set()
+    try:
+        source = remote.folder(workdir)
+        for path in _files(source, DESCRIPTION):
+            target = local / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            new = target.with_name(f"{target.name}.{os.getpid()}.new")
+            new.write_bytes(path.read_bytes())
+            os.replace(new, target)
+            there.add(target)
+        for path in set(_files(local, DESCRIPTION)) - there:
+            if not path.name.endswith(".new"):
+                path.unlink(missing_ok=True)
+        if not any(path.parent.name == "tokenizer" for path in there):
+            with contextlib.suppress(OSError):
+                (local / "tokenizer").rmdir()
+    except Exception as error:  # each store's library has errors of its own
+        raise UserError(f"{workdir} cannot be read into {local}: {remote.first_line(error)}") from error
+
+
+def _files(root: Path | epath.Path, patterns: tuple[str, ...] = FILES) -> list:
     found = []
-    for pattern in FILES:
+    for pattern in patterns:
         head, _, tail = pattern.rpartition("/")
         place = root / head if head else root
         names = sorted(place.iterdir()) if tail == "*" and place.is_dir() else [place / tail] if tail != "*" else []

@@ -26,6 +26,22 @@ MATRICES = {
     "w_up_EDF": ("D", "F"),
     "w_down_EFD": ("F", "D"),
     "w_router_DE": None,  # only E wide: neither orthogonalised nor factored
+    "lora_q_a_DR": ("D", "R"),
+    "lora_q_b_RNH": ("R", "NH"),
+    "lora_k_a_DR": ("D", "R"),
+    "lora_k_b_RGH": ("R", "GH"),
+    "lora_v_a_DR": ("D", "R"),
+    "lora_v_b_RGH": ("R", "GH"),
+    "lora_o_a_NHR": ("NH", "R"),
+    "lora_o_b_RD": ("R", "D"),
+    "lora_gate_a_EDR": ("D", "R"),
+    "lora_gate_b_ERF": ("R", "F"),
+    "lora_up_a_EDR": ("D", "R"),
+    "lora_up_b_ERF": ("R", "F"),
+    "lora_down_a_EFR": ("F", "R"),
+    "lora_down_b_ERD": ("R", "D"),
+    "lora_router_a_DR": None,  # as the router itself
+    "lora_router_b_RE": None,
 }
 # Adafactor factors these too; Muon leaves them to AdamW, as its authors do.
 FACTORED = MATRICES | {"embedding_VD": ("V", "D"), "head_DV": ("D", "V")}
@@ -63,18 +79,20 @@ def learning_rate_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def decays(name: str, optim: OptimConfig) -> bool:
-    """Says whether weight decay applies: to weights and head, to the embedding if configured, never to norms, router bias.
+    """Says whether weight decay applies: to weights, adapters and head, to the embedding if configured, never to norms, router bias.
 
     Raises:
         ValueError: a name of no known kind; guessing would decay, or spare, a parameter silently.
     """
-    if name.startswith(("w_", "head_")):
+    if name.startswith(("w_", "lora_", "head_")):
         return True
     if name.startswith("embedding_"):
         return optim.decay_embeddings
     if "norm_" in name or name.startswith("router_bias_"):
         return False
-    raise ValueError(f"parameter {name!r} is no w_*, head_*, embedding_*, *norm_* or router_bias_*; see optim.decays")
+    raise ValueError(
+        f"parameter {name!r} is no w_*, lora_*, head_*, embedding_*, *norm_* or router_bias_*; see optim.decays"
+    )
 
 
 def is_router(name: str) -> bool:
@@ -280,7 +298,7 @@ def _map_leaves(fn, tree, *rest):
 
 
 def _letters(name: str, table: dict) -> tuple[str, str] | None:
-    if name.startswith("w_") and name not in table:
+    if name.startswith(("w_", "lora_")) and name not in table:
         raise ValueError(f"parameter {name!r}: list it in optim.MATRICES with its letters in and out, or None")
     return table.get(name)
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,9 @@ from tqdm import tqdm
 from mixtral_jax import distributed
 from mixtral_jax.config import Config, UserError
 from mixtral_jax.data import Batches, TokenFile, pack_pairs
+from mixtral_jax.data.once import DAMAGE, building
+from mixtral_jax.data.remote_cache import Place, build_once, open_there
+from mixtral_jax.data.remote_cache import place as place_of
 from mixtral_jax.preference import answers
 from mixtral_jax.resume import MODEL_KEYS
 from mixtral_jax.sharding import everywhere, place
@@ -78,53 +81,82 @@ def open_reference(config: Config, corpus, fingerprints: dict[str, str], weights
     held = []  # loaded once for both splits, and let go at the end
     found = []
     for split, file in (("train", corpus.train), ("heldout", corpus.heldout)):
-        path = _path(config, corpus, fingerprints, split)
-        done, log_probs = _read(path, len(file.ids) // 2)
-        if done is not None:
-            pairs = len(file.ids) // 2
+        pairs = len(file.ids) // 2
+        at = place_of(config.data.cache_dir, "reference", _key(config, corpus, fingerprints, split))
+        done, log_probs = _read(at, pairs, _rows(config))
+        if done is None:
+            note(f"reference log-probabilities of {pairs:,} pairs ({split}) from {at.local}")
+        else:
             rest = f", from batch {done} on" if done else ""
             note(f"computing the reference's log-probabilities of {pairs:,} pairs ({split}), once{rest} ...")
             held = held or [weights()]
-            log_probs = _compute(config, file, held[0], mesh, path, done, log_probs, split)
-        else:
-            note(f"reference log-probabilities of {len(log_probs):,} pairs ({split}) from {path}")
+            log_probs = _compute(config, file, held[0], mesh, at, done, log_probs, split)
         found.append(log_probs)
     return Reference(*found)
 
 
-def _path(config: Config, corpus, fingerprints: dict[str, str], split: str) -> Path:
+def _key(config: Config, corpus, fingerprints: dict[str, str], split: str) -> str:
     model, train = config.model, config.train
     settings = {key: getattr(model, key) for key in (*MODEL_KEYS, "dtype")}
-    key = (FORMAT, split, fingerprints, corpus.key, settings, train.seq_len, config.data.packing)
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    return Path(config.data.cache_dir).expanduser() / "reference" / f"{name}.npz"
+    parts = (FORMAT, split, fingerprints, corpus.key, settings, train.seq_len, config.data.packing)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _read(path: Path, n: int) -> tuple[int | None, np.ndarray]:
-    """Returns how many batches are done (None: all of them) and what is known; the same on all processes."""
+def _rows(config: Config) -> int:
+    """Rows of a batch: those of a micro-batch of training."""
+    return config.train.batch_size // config.train.accumulation_steps
+
+
+def _open(folder: Path) -> np.ndarray:
+    return np.load(folder / "log_probs.npy")
+
+
+def _partial(at: Place) -> Path:
+    """Where what is done so far is kept, on this machine: it depends on the batch size, so that is in it."""
+    return at.local.with_name(at.local.name + ".partial.npz")
+
+
+def _read(at: Place, n: int, rows: int) -> tuple[int | None, np.ndarray]:
+    """Returns how many batches of so many rows are done (None: all pairs) and what is known; the same on all processes."""
+    nothing = np.zeros((n, 2), np.float32)
 
     def look() -> tuple[int | None, np.ndarray]:
-        with contextlib.suppress(OSError, ValueError, KeyError, EOFError):
-            with np.load(path) as stored:
-                done, log_probs = int(stored["done"]), stored["log_probs"]
-            if log_probs.shape == (n, 2):
-                return (None if done < 0 else done), log_probs
-        return 0, np.zeros((n, 2), np.float32)
+        with contextlib.suppress(*DAMAGE):
+            return None, open_there(at, _open)
+        with contextlib.suppress(OSError, KeyError, *DAMAGE), np.load(_partial(at)) as stored:
+            if stored["rows"] == rows and stored["log_probs"].shape == (n, 2):
+                return int(stored["done"]), stored["log_probs"]
+        return 0, nothing
 
     if not distributed.together():
         return look()
-    done, log_probs = look() if distributed.speaks() else (0, np.zeros((n, 2), np.float32))
+    done, log_probs = look() if distributed.speaks() else (0, nothing)
     return distributed.decided("reference", lambda: done), multihost_utils.broadcast_one_to_all(log_probs)
 
 
-def _write(path: Path, done: int, log_probs: np.ndarray) -> None:
+def _keep(at: Place, done: int, rows: int, log_probs: np.ndarray) -> None:
+    """Keeps what is done so far, on process 0."""
     if not distributed.speaks():
         return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path = _partial(at)
+    with _writable(path), building(at.local):
         new = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-        np.savez(new, done=done, log_probs=log_probs)
+        np.savez(new, done=done, rows=rows, log_probs=log_probs)
         os.replace(new, path)
+
+
+def _store(at: Place, log_probs: np.ndarray) -> None:
+    """Puts all of it into the cache, on process 0."""
+    if distributed.speaks():
+        with _writable(at.local):
+            build_once(at, _open, lambda folder: np.save(folder / "log_probs.npy", log_probs))
+            _partial(at).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"data.cache_dir: {path} cannot be written ({error.strerror}); set data.cache_dir to a folder of yours with room, "
@@ -132,9 +164,9 @@ def _write(path: Path, done: int, log_probs: np.ndarray) -> None:
         ) from error
 
 
-def _compute(config: Config, file: TokenFile, model, mesh, path: Path, first: int, log_probs, split: str) -> np.ndarray:
+def _compute(config: Config, file: TokenFile, model, mesh, at: Place, first: int, log_probs, split: str) -> np.ndarray:
     """Computes from batch `first` on, saving now and then what is done."""
-    rows = config.train.batch_size // config.train.accumulation_steps
+    rows = _rows(config)
     plan = pack_pairs(file.lengths, config.train.seq_len, one_per_row=not config.data.packing)
     sizes = {"batch_size": rows, "seq_len": config.train.seq_len, "seed": 0, "shuffle": False}
     batches = Batches(file, plan, **sizes, pairs=plan.most_pairs)
@@ -154,7 +186,7 @@ def _compute(config: Config, file: TokenFile, model, mesh, path: Path, first: in
         real_BP = numbers_BP > 0
         log_probs[numbers_BP[real_BP] - 1] = np.stack([chosen_BP[real_BP], rejected_BP[real_BP]], -1)
         if time.monotonic() - saved > SAVE_SECONDS:
-            _write(path, k + 1, log_probs)
+            _keep(at, k + 1, rows, log_probs)
             saved = time.monotonic()
-    _write(path, -1, log_probs)
+    _store(at, log_probs)
     return log_probs

@@ -163,7 +163,7 @@ def _warm_start(config: Config, optimizer, mesh, note: Callable) -> Start:
 def _same_tokenizer(source: str, tokenizer, note: Callable) -> None:
     """Refuses weights that were trained with another tokenizer: their embedding would be noise."""
     found = resolve_checkpoint(source)
-    place = found.folder / ("tokenizer.model" if found.step is None else "tokenizer")
+    place = found.local / ("tokenizer.model" if found.step is None else "tokenizer")
     if not place.exists():
         note(
             f"WARNING: {source} has no tokenizer beside it; nothing tells whether {tokenizer.name} is the one it was trained with"

@@ -119,11 +119,6 @@ def start(config: Config, workdir: Path, make_heldout: Callable, public: str | P
         RunError: there are checkpoints and all of them are damaged.
     """
     train = config.train
-    if mirror.is_remote(config.data.cache_dir):
-        raise UserError(
-            f"data.cache_dir={config.data.cache_dir} is on an object store, and the token cache is mapped into memory; "
-            "give a folder of a local or network file system"
-        )
     breakdown = Breakdown()
     begin = time.time()
     if distributed.speaks():

@@ -22,6 +22,7 @@ PARAM_AXES = {
     "H": None,
     "L": None,
     "N": "tensor",
+    "R": None,
     "V": "tensor",
 }
 ACT_AXES = {
@@ -34,6 +35,7 @@ ACT_AXES = {
     "L": None,
     "N": "tensor",
     "P": None,
+    "R": None,
     "S": None,
     "T": "context",
     "V": "tensor",

@@ -109,13 +109,13 @@ class Watch:
             process = key.rpartition("/")[2]
             if process not in self._told and process != str(self._me):
                 self._told.add(process)
-                say(f"process {process} has given no sign of life for {seconds} s")
+                say(clusters.silence(process, int(seconds)))
 
     def _listen(self) -> None:
         """As _tell_silence, of process 0: the other thread hangs in its question."""
         while not self._over.wait(1):
             if time.monotonic() - self._answered > QUIET_SECONDS:
-                say(f"process 0, which coordinates the others, has not answered for {QUIET_SECONDS} s")
+                say(clusters.silence(0, QUIET_SECONDS))
                 return
 
     def obey(self, said: dict) -> None:
@@ -194,7 +194,7 @@ _leaving = threading.Lock()
 
 
 def begin() -> None:
-    """Starts the watch; distributed.start does, where there are several processes."""
+    """Starts the watch, where several processes have met."""
     global _watch
     _watch = Watch()
 

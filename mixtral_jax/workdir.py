@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from mixtral_jax import distributed, mirror
+from mixtral_jax import distributed, mirror, remote
 from mixtral_jax.config import UserError
 
 LOCK = "lock"
@@ -81,6 +81,9 @@ def held_by_all(workdir: str | Path) -> Iterator[Path]:
 
 def store_run(workdir: Path, config: dict) -> None:
     """Writes config.json, what a run is resumed and evaluated with."""
+    if mirror.is_remote(workdir):  # objects appear whole
+        (remote.folder(workdir) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        return
     new = workdir / "config.json.new"
     new.write_text(json.dumps(config, indent=2) + "\n")
     os.replace(new, workdir / "config.json")  # a crash leaves the old or the new one, never half of it

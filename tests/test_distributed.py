@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from mixtral_jax import clusters, distributed, launch
+from mixtral_jax import cli, clusters, distributed, launch
 from mixtral_jax.config import AXES, RunError, UserError
 from mixtral_jax.sharding import mesh_devices, place
 from tests.helpers import on_mesh, random_batch, tiny
@@ -192,6 +192,9 @@ def job(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(launch, "OWN_END_SECONDS", 1.0)
     monkeypatch.setattr(launch, "TERM_SECONDS", 1.0)
     monkeypatch.setattr(launch, "RESTART_SECONDS", 0.0)
+    monkeypatch.setattr(launch, "FROZEN_SECONDS", 2.0)
+    monkeypatch.setattr(launch, "SAME_SECONDS", 0.5)
+    monkeypatch.setenv("PYTHONPATH", str(Path(launch.__file__).parent.parent))
 
     def run(text, *flags, processes=3):
         script = tmp_path / "script.py"
@@ -215,6 +218,56 @@ def test_the_launcher_gives_each_process_its_place_and_names_its_lines(job):
     assert all("hello 3 127.0.0.1: --xla_force_host_platform_device_count=3" in line for line in lines)
     assert out.count("device_count") == 3, "another count is replaced, not added"
     assert "Gloo" not in out
+
+
+def test_blank_lines_of_the_program_stay(job):
+    _, out = job("print('above\\n\\nbelow')", processes=1)
+    assert out == "above\n\nbelow\n"
+
+
+def test_a_mistake_that_all_make_is_told_once(job, monkeypatch, capfd):
+    """Before they have met; and the one that only another than process 0 makes is told, too."""
+
+    def wrong():
+        raise UserError("no such thing:\n  give another")
+
+    said = []
+    for number in ("0", "1"):
+        monkeypatch.setenv("MIXTRAL_JAX_PROCESS_ID", number)
+        monkeypatch.setenv("MIXTRAL_JAX_LAUNCHER", "1")
+        assert cli.guarded(wrong) == 2
+        said.append(capfd.readouterr().err)
+    program = f"said = {said!r}\nsys.stderr.write(said[min(me, 1)])\nsys.exit(2)"
+    status, out = job(program)
+    assert status == 2
+    assert out.count("error: no such thing:\n  give another\n") == 1
+    assert "process 1: error" not in out
+    assert "\x1e" not in out
+    status, out = job("if me != 1: time.sleep(60)\n" + program)
+    assert status == 2
+    assert out.count("process 1: error: no such thing:\n  give another\n") == 1
+    assert out.count("error:") == 1
+
+
+def test_a_frozen_process_is_named_and_not_who_was_ended_for_it(job):
+    """Process 2 stops itself; the others say so as the watch does and are aborted, as jax does."""
+    begin = time.monotonic()
+    status, out = job(
+        "from mixtral_jax.clusters import silence\nif me == 2: os.kill(os.getpid(), 19)\n"
+        "time.sleep(0.5); print(silence(2, 12), flush=True); time.sleep(0.5); os.abort()"
+    )
+    assert status == 128 + signal.SIGABRT
+    assert "launch: process 2 gave no sign of life (frozen?) and was killed, the first to fail; all have ended" in out
+    assert time.monotonic() - begin < 20
+
+
+def test_a_process_that_was_only_slow_is_not_called_frozen(job):
+    status, out = job(
+        "from mixtral_jax.clusters import silence\n"
+        "print(silence(2, 12), flush=True); time.sleep(0.5 + me); sys.exit(me + 5)"
+    )
+    assert status == 5
+    assert "launch: process 0 ended with status 5, the first to end; all have ended" in out
 
 
 def test_the_first_to_fail_is_named_and_gives_the_status(job):
@@ -278,6 +331,16 @@ def test_gpus_are_shared_out(monkeypatch):
     assert launch.environment("h:1", 2, 1, 2)["CUDA_VISIBLE_DEVICES"] == "4,5"
     with pytest.raises(SystemExit):
         launch.main(["--processes=3", "--devices_per_process=2", "--", "train.py"])
+
+
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [("-1", []), ("", []), ("0,1", ["0", "1"]), ("3,-1,2", ["3"]), ("GPU-8932f937, GPU-1", ["GPU-8932f937", "GPU-1"])],
+)
+def test_the_gpus_that_cuda_would_see(monkeypatch, value, names):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    assert launch.visible_gpus() == names
 
 
 def test_alone_everything_returns_at_once():

@@ -1,12 +1,13 @@
 """Imports run down the layers of docs/design.md, and the package never imports torch or transformers."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
 
 LAYERS = [
-    {"config", "sharding"},
+    {"config", "remote", "sharding"},
     {"backends", "models", "kernels", "losses", "preference", "optim", "data"},
     {"fingerprint", "checkpoint", "workdir", "metrics", "progress", "jsonl", "load", "resolve", "generate", "convert"}
     | {
@@ -37,6 +38,7 @@ LAYERS = [
         "report",
         "panels",
         "time_panels",
+        "tuning_panels",
         "plan",
     },
     {"cli", "launch"},
@@ -79,6 +81,22 @@ def test_imports_run_down(path):
             theirs = layer_of(name)
             if theirs is not None:
                 assert theirs <= mine, f"{module} (layer {mine}) imports {name} (layer {theirs})"
+
+
+def test_nothing_imports_in_a_circle():
+    """Also not within a function, where Python would bear it; a package's own name stands for its __init__."""
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+    graph = {}
+    for name, path in names.items():
+        found = set(imported(path))
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        graph[name] = found & names.keys() - {name}  # a package may name its own parts
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
 def test_the_trainer_does_not_know_the_evaluations():

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from mixtral_jax import checkpoint, mirror
+from mixtral_jax import mirror, remote
 from mixtral_jax.checkpoint import steps_in
 from mixtral_jax.config import RunError, UserError
+from mixtral_jax.data import remote_cache
+from tests.bucket import VARIABLE, install
 from tests.processes import logged
 
 
@@ -19,10 +21,8 @@ def bucket(tmp_path, monkeypatch):
     """A folder that is taken for an object store: nothing in it is locked, appended to or renamed by us."""
     folder = tmp_path / "bucket"
     folder.mkdir()
-    for module in (mirror, checkpoint):
-        monkeypatch.setattr(module, "is_remote", lambda path: str(path).startswith(str(folder)))
+    monkeypatch.setattr(remote, "MARK", str(folder))
     monkeypatch.setattr(mirror, "ROOT", str(tmp_path / "local"))
-    monkeypatch.setattr(mirror.local_side, "__defaults__", (str(tmp_path / "local"),))
     return folder
 
 
@@ -91,6 +91,10 @@ def test_a_checkpoint_without_its_mark_is_none(fit, bucket):
     assert steps_in(name / "checkpoints") == [2, 4], "made again, after what was left of it was cleared away"
 
 
-def test_a_token_cache_cannot_be_on_an_object_store(fit):
-    with pytest.raises(UserError, match=r"data\.cache_dir=gs://bucket/cache is on an object store"):
-        fit("run", data__cache_dir="gs://bucket/cache")
+def test_a_run_keeps_its_token_cache_in_a_bucket(fit, tmp_path, monkeypatch):
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "stores"))
+    install()
+    monkeypatch.setattr(remote_cache, "ROOT", str(tmp_path / "disk"))
+    fit("run", data__cache_dir="gs://bucket/cache", train__steps=1, train__checkpoint_every=1)
+    for folder in (tmp_path / "stores" / "bucket" / "cache", *(tmp_path / "disk").iterdir()):
+        assert len(list(folder.glob("corpora/*/cache.json"))) == 1

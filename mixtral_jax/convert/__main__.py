@@ -15,6 +15,7 @@ from mixtral_jax.convert.exporter import export_checkpoint
 from mixtral_jax.convert.importer import import_checkpoint, upcycle
 from mixtral_jax.convert.verify import compare, table
 from mixtral_jax.progress import messages
+from mixtral_jax.remote import is_remote
 
 EPILOG = """examples:
   python -m mixtral_jax.convert import --from=Mixtral-8x7B-v0.1 --to=runs/8x7b
@@ -22,7 +23,8 @@ EPILOG = """examples:
   python -m mixtral_jax.convert verify --from=Mixtral-8x7B-v0.1 --to=runs/8x7b
   python -m mixtral_jax.convert upcycle --from=Mistral-7B-v0.1 --to=runs/8x7b-up --experts=8 --noise=0.01
 
-A checkpoint is a run's workdir (its newest step) or the folder of a step; a directory of Hugging Face's holds config.json
+A checkpoint is a run's workdir (its newest step) or the folder of a step, here or on an object store (gs://bucket/run), where
+import and upcycle may put their new one, too; a directory of Hugging Face's holds config.json
 and safetensors, one of Mistral's params.json and consolidated*.safetensors. A target must not exist yet; it appears
 when it is complete.
 
@@ -56,8 +58,8 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, run, text: str, source: str, target: str):
         sub = commands.add_parser(name, help=text, description=text, epilog=EPILOG, formatter_class=raw)
-        sub.add_argument("--from", dest="source", type=Path, required=True, metavar="DIR", help=source)
-        sub.add_argument("--to", dest="target", type=Path, required=True, metavar="DIR", help=target)
+        sub.add_argument("--from", dest="source", type=_where, required=True, metavar="DIR", help=source)
+        sub.add_argument("--to", dest="target", type=_where, required=True, metavar="DIR", help=target)
         sub.set_defaults(run=run)
         return sub
 
@@ -77,6 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--router_std", type=float, default=0.02, help="deviation of the router's weights (default: 0.02)")
     sub.add_argument("--seed", type=int, default=0, help="of the router and the noise (default: 0)")
     return parser
+
+
+def _where(text: str) -> str | Path:
+    return text if is_remote(text) else Path(text)  # a Path would make one slash of two
 
 
 def _size(text: str) -> int:

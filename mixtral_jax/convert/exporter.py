@@ -15,6 +15,7 @@ from mixtral_jax.convert.tokenizer_json import write_tokenizer
 from mixtral_jax.convert.transfer import Transfer
 from mixtral_jax.convert.weights import BIAS, Weights, open_weights
 from mixtral_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
+from mixtral_jax.remote import is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +33,13 @@ def export_checkpoint(source: Path, target: Path, dtype: str | None, max_shard_b
         the names of the shards.
 
     Raises:
-        UserError: the source is damaged, cannot be said in Hugging Face's format, or the target exists.
+        UserError: the source is damaged, cannot be said in Hugging Face's format, or the target exists or is on an object store.
     """
+    if is_remote(target):
+        raise UserError(
+            f"--to={target}: the files are written in place, which an object store does not do; export into a folder of this machine "
+            f"and copy it (gs://: gcloud storage cp -r FOLDER {target})"
+        )
     with store.new_directory(target) as folder:
         weights = open_weights(source)
         try:

@@ -32,9 +32,9 @@ class Ours:
     """
 
     def __init__(self, checkpoint: Checkpoint, in_order: bool = True):
-        self.workdir = checkpoint.folder
-        self.where = self.workdir / "checkpoints" / str(checkpoint.step)
-        self.config = from_config_dict(load_run(self.workdir))
+        self._local = checkpoint.local
+        self.where = checkpoint.folder / "checkpoints" / str(checkpoint.step)
+        self.config = from_config_dict(load_run(self._local))
         self.size = layout.sizes(self.config.model)
         entries = layout.entries("huggingface")
         folder = self.where / "params"
@@ -48,7 +48,7 @@ class Ours:
         if stored != wanted:
             wrong = sorted(n for n in wanted.keys() | stored.keys() if wanted.get(n) != stored.get(n))
             lines = [f"  {n}: checkpoint {stored.get(n)}, config {wanted.get(n)}" for n in wrong]
-            raise UserError(f"{folder} is not of the model in {self.workdir}/config.json:\n" + "\n".join(lines))
+            raise UserError(f"{folder} is not of the model in {checkpoint.folder}/config.json:\n" + "\n".join(lines))
 
     def block(self, name: str, block: Block) -> np.ndarray:
         """See weights.Weights, as for the other methods."""
@@ -56,7 +56,7 @@ class Ours:
             return self._arrays[name][layout.block_index(name, self.letters[name], block)].read().result()
 
     def tokenizer_file(self) -> Path | None:
-        path = self.workdir / "tokenizer" / "tokenizer.model"
+        path = self._local / "tokenizer" / "tokenizer.model"
         return path if path.is_file() else None
 
     def called(self, name: str) -> str:
@@ -69,7 +69,8 @@ class Ours:
 def _open(folder: Path, cache: int) -> dict[str, ts.TensorStore]:
     """Opens the arrays of a checkpoint's item by their names, sharing so many bytes of cache."""
     metadata = json.loads((folder / "_METADATA").read_text())
-    base = f"file://{folder.resolve()}/"
+    name = str(folder)
+    base = f"{name}/" if "://" in name else f"file://{folder.resolve()}/"  # tensorstore reads gs:// and s3:// by itself
     driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
     context = ts.Context({"cache_pool": {"total_bytes_limit": cache}})
     arrays = {}

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from etils import epath
 
+from mixtral_jax import remote
 from mixtral_jax.config import Config, UserError
 from mixtral_jax.convert import layout
 from mixtral_jax.convert.weights import ordered
@@ -22,13 +24,19 @@ IN_FLIGHT = 4  # blocks: one is read and turned while others are compressed and 
 
 
 @contextlib.contextmanager
-def new_directory(target: Path) -> Iterator[Path]:
+def new_directory(target: str | Path) -> Iterator[Path]:
     """Yields an empty directory beside `target` that becomes `target` at the end; after an error nothing is left.
+
+    On an object store, where nothing is renamed, it is `target` itself.
 
     Raises:
         UserError: target exists and is not an empty directory, or cannot be made.
     """
-    given = target
+    if remote.is_remote(target):
+        with _new_on_a_store(target) as folder:
+            yield folder
+        return
+    given, target = target, Path(target)
     try:
         target = target.expanduser().absolute()
     except RuntimeError as error:
@@ -52,6 +60,25 @@ def new_directory(target: Path) -> Iterator[Path]:
                 parent.rmdir()
         if isinstance(error, OSError):
             raise UserError(f"{given} was not made: {error}") from error
+        raise
+
+
+@contextlib.contextmanager
+def _new_on_a_store(target: str | Path) -> Iterator[epath.Path]:
+    folder = remote.folder(target)
+    try:
+        full = folder.is_dir() and any(folder.iterdir())
+    except Exception as error:  # each store's library has errors of its own
+        raise UserError(f"{target} cannot be read: {remote.first_line(error)}") from error
+    if full:
+        raise UserError(f"{target} exists already; give a new directory, or remove it first")
+    try:
+        yield folder
+    except BaseException as error:
+        with contextlib.suppress(Exception):
+            folder.rmtree(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{target} was not made: {remote.first_line(error)}") from error
         raise
 
 
@@ -142,10 +169,9 @@ def write_workdir(
     fingerprint = ""
     if tokenizer is not None:
         found = SentencePieceTokenizer(tokenizer.read_bytes(), str(tokenizer))
-        (folder / "tokenizer").mkdir()
-        shutil.copyfile(tokenizer, folder / "tokenizer" / MODEL_FILE)
+        (folder / "tokenizer").mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer" / MODEL_FILE).write_bytes(tokenizer.read_bytes())
         fingerprint = found.fingerprint
-    store_run(folder, config.to_dict())
     items = {name: _Streamed(name, letters[name], size, dtypes[name], read) for name in ordered(dtypes)}
     handler = _StreamedHandler(advance)
     registry = ocp.type_handlers.create_type_handler_registry((_Streamed, handler))
@@ -154,7 +180,7 @@ def write_workdir(
         "meta": ocp.JsonCheckpointHandler(),
     }
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-    manager = ocp.CheckpointManager(folder.resolve() / "checkpoints", item_handlers=handlers, options=options)
+    manager = ocp.CheckpointManager(remote.folder(folder) / "checkpoints", item_handlers=handlers, options=options)
     meta = ocp.args.JsonSave({"tokenizer": fingerprint, "step": 0})
     try:
         manager.save(0, args=ocp.args.Composite(params=ocp.args.PyTreeSave(items), meta=meta))
@@ -167,3 +193,4 @@ def write_workdir(
         manager.close()
     if handler.error is not None:
         raise handler.error
+    store_run(folder, config.to_dict())  # last: without it there is no run

@@ -12,6 +12,7 @@ from mixtral_jax.convert import layout
 from mixtral_jax.convert.foreign import Foreign
 from mixtral_jax.convert.layout import Block
 from mixtral_jax.convert.ours import Ours
+from mixtral_jax.remote import is_remote
 from mixtral_jax.resolve import FOREIGN, is_foreign, resolve_checkpoint
 
 BIAS = "layers.router_bias_E"
@@ -53,7 +54,8 @@ def open_weights(where: str | Path) -> Weights:
     Raises:
         UserError: it is none that we know, or damaged.
     """
-    foreign = not str(where).startswith(FOREIGN) and is_foreign(Path(where).expanduser())
+    here = not str(where).startswith(FOREIGN) and not is_remote(where)
+    foreign = here and is_foreign(Path(where).expanduser())
     found = resolve_checkpoint(f"{FOREIGN}{where}" if foreign else where)
     return Foreign(found.folder) if found.step is None else Ours(found)
 

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,19 +14,17 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for_end
 from pathlib import Path
 
-from tqdm import tqdm
-
 from mixtral_jax.config import RunError
 from mixtral_jax.data.once import DAMAGE, remove_leftovers
 from mixtral_jax.data.rows import Part
 from mixtral_jax.data.shards import Job, TooManyBadRows, damage, read_shard, task_key, write_shard
+from mixtral_jax.data.shown import Shown
 
 logger = logging.getLogger(__name__)
 
 SHARDS = "shards"
 SMALLEST_TASK, LARGEST_TASK, USUAL_TASKS = 8_000_000, 64_000_000, 1000  # bytes of text; tasks of a corpus in between
 PARALLEL_BYTES = 32_000_000  # less text is done before the processes have started
-LOG_SECONDS = 30.0
 
 Task = tuple[Part, ...]
 
@@ -90,7 +87,10 @@ def build_shards(folder: Path, tasks: Sequence[Task], job: Job, progress: bool, 
     run = _in_processes if workers > 1 else _in_this_process
     todo = [(shard_path(folder, i), tasks[i]) for i in missing]
     # Closing ends the processes before an error leaves here, and with it the lock.
-    with Shown(size, progress) as shown, contextlib.closing(run(todo, job, workers, shown)) as results:
+    with (
+        Shown(size, progress, "tokenising", "tokenised") as shown,
+        contextlib.closing(run(todo, job, workers, shown)) as results,
+    ):
         for bad in results:
             bad_count += len(bad)
             if bad_count > job.max_bad_rows:
@@ -121,12 +121,12 @@ def _keep(path: Path, task: Task, verify: bool, complete: bool) -> dict | None:
     return None
 
 
-def _in_this_process(todo: list, job: Job, workers: int, shown: "Shown") -> Iterator[list]:
+def _in_this_process(todo: list, job: Job, workers: int, shown: Shown) -> Iterator[list]:
     for path, task in todo:
         yield write_shard(path, task, job, job.tokenizer.encode_many, shown.add)
 
 
-def _in_processes(todo: list, job: Job, workers: int, shown: "Shown") -> Iterator[list]:
+def _in_processes(todo: list, job: Job, workers: int, shown: Shown) -> Iterator[list]:
     """Yields the bad rows of shards as they are done, each written by a process; nothing else comes back."""
     # Not fork: the parent may run JAX, whose threads would not survive it.
     context = multiprocessing.get_context("spawn")
@@ -185,29 +185,3 @@ def _run_worker(path: Path, task: Task) -> list:
 
     # One text after another, not encode_many: all cores have a process.
     return write_shard(path, task, job, lambda texts: map(job.tokenizer.encode_array, texts), tick)
-
-
-class Shown(contextlib.AbstractContextManager):
-    """How far tokenising is: a bar on a terminal, a line now and then elsewhere, or nothing."""
-
-    def __init__(self, total: int, progress: bool):
-        self._total, self._lines, self._done = total, progress and not sys.stderr.isatty(), 0
-        self._start = self._said = time.monotonic()
-        bar = progress and sys.stderr.isatty()
-        self._bar = tqdm(total=total, unit="B", unit_scale=True, desc="tokenising", disable=not bar)
-
-    def __exit__(self, *exception) -> None:
-        self._bar.close()
-
-    def add(self, size: int) -> None:
-        self.to(self._done + size)
-
-    def to(self, done: int) -> None:
-        """Shows that so many bytes of text are done."""
-        self._bar.update(done - self._done)
-        self._done, now = done, time.monotonic()
-        if self._lines and done and now - self._said >= LOG_SECONDS:
-            self._said = now
-            left = (now - self._start) / done * (self._total - done)
-            sizes = [tqdm.format_sizeof(size, "B") for size in (done, self._total)]
-            logger.info("tokenised %s of %s, %s left", *sizes, tqdm.format_interval(left))

@@ -20,6 +20,7 @@ from mixtral_jax.data.build import Task, build_shards, make_tasks, shard_path, t
 from mixtral_jax.data.fingerprint import fingerprint
 from mixtral_jax.data.index import INDEX, bad_rows, open_index, put_together
 from mixtral_jax.data.once import DAMAGE, build_once, building
+from mixtral_jax.data.remote_cache import Place, fetch, place, send
 from mixtral_jax.data.rows import parts, rows_before
 from mixtral_jax.data.shards import SPLITS, Job, TooManyBadRows
 from mixtral_jax.data.sources import source_files
@@ -79,6 +80,8 @@ class _Opened(NamedTuple):
 def build_cache(data: DataConfig, tokenizer, progress: bool = True, verify: bool = False) -> Corpus:
     """Opens the corpus's token cache under data.cache_dir; what is missing of it or damaged is built first.
 
+    With a data.cache_dir on an object store it is opened on this machine, fetched where the store has it, and sent where not.
+
     Args:
         data: the corpus; data.tokenizer is not read, the tokenizer is passed in.
         tokenizer: see tokenizer.py.
@@ -86,9 +89,9 @@ def build_cache(data: DataConfig, tokenizer, progress: bool = True, verify: bool
         verify: compare every file with its hash, not only with its size.
 
     Raises:
-        UserError: bad or missing files, too many bad rows, a cache_dir that cannot be written or has no room, a corpus
+        UserError: bad or missing files, too many bad rows, a cache_dir that cannot be read, written or has no room, a corpus
             without held-out documents or a source without training documents.
-        RunError: a process that tokenised was killed.
+        RunError: a process that tokenised was killed, or the store of a cache_dir does not take what was built.
         ValueError: data.streaming is set: a stream has no cache.
     """
     if data.streaming:
@@ -96,9 +99,15 @@ def build_cache(data: DataConfig, tokenizer, progress: bool = True, verify: bool
     skipped = BadRows(data.max_bad_rows)
     opened = [_open_or_build(data, source, tokenizer, skipped, progress, verify) for source in data.sources]
     require_both(data, [each.index for each in opened])
+    for each in opened:
+        send(_place(data, each.key), INDEX, progress)
     pairs = list(zip(data.sources, opened))
     key = hashlib.sha256(repr([each.key for each in opened]).encode()).hexdigest()[:32]
     return Corpus(tuple(Source(source.name, source.weight, each.train, each.heldout) for source, each in pairs), key)
+
+
+def _place(data: DataConfig, key: str) -> Place:
+    return place(data.cache_dir, "corpora", key)
 
 
 def _open_or_build(
@@ -106,14 +115,16 @@ def _open_or_build(
 ) -> _Opened:
     """Opens a source's cache, built first if need be, and adds its bad rows to those of the sources before it."""
     files = source_files(source)
-    content = fingerprint(source, files, data.cache_dir)
+    here = place(data.cache_dir).local
+    content = fingerprint(source, files, here)
     parts_of_key = (FORMAT, content, tokenizer.fingerprint, data.heldout_fraction)
     key = hashlib.sha256(repr(parts_of_key).encode()).hexdigest()[:32]
-    folder = Path(data.cache_dir).expanduser() / "corpora" / key
+    folder = _place(data, key).local
     try:
         opened = _Opened(key, *open_index(folder, verify))
     except DAMAGE:
         with building(folder):
+            fetch(_place(data, key), INDEX, progress)
             try:
                 opened = _Opened(key, *open_index(folder, verify))  # another process built it meanwhile
             except DAMAGE as error:
@@ -121,7 +132,7 @@ def _open_or_build(
                     logger.warning("%s is damaged: %s", folder, error)
                 job = Job(tokenizer, source.text_key, data.heldout_fraction, skipped.limit - skipped.count)
                 _build(folder, source, files, job, skipped, progress, verify)
-                if fingerprint(source, files, data.cache_dir) != content:
+                if fingerprint(source, files, here) != content:
                     shutil.rmtree(folder)
                     raise UserError(f"{source.name}: files changed while they were tokenised; run it again") from None
                 opened = _Opened(key, *open_index(folder, verify=False))

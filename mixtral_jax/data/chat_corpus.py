@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 from mixtral_jax.config import DataConfig, SourceConfig, UserError
 from mixtral_jax.data.bad_rows import BadRows
-from mixtral_jax.data.build import Shown
 from mixtral_jax.data.cache import Corpus, Source, require_both
 from mixtral_jax.data.chat_build import DROPPED, SPLITS, Job, build, open_built
 from mixtral_jax.data.fingerprint import fingerprint
-from mixtral_jax.data.once import build_once
 from mixtral_jax.data.records import Stage, records
+from mixtral_jax.data.remote_cache import build_once, place
+from mixtral_jax.data.shown import Shown
 from mixtral_jax.data.sources import source_files
 from mixtral_jax.data.tokens import TokenFile
 
@@ -108,7 +108,7 @@ def _open(
     key = _hash((FORMAT, stage, content, tokenizer.fingerprint, seq_len, data.heldout_fraction))
     # The files' names are in the ids of documents, but a corpus that was moved is the same one.
     names = [name for name, _ in files]
-    folder = Path(data.cache_dir).expanduser() / "chat" / _hash((key, names))
+    at = place(data.cache_dir, "chat", _hash((key, names)))
     job = Job(tokenizer, stage, seq_len, source.text_key, data.heldout_fraction)
     built = False
 
@@ -119,7 +119,7 @@ def _open(
         if _content(source, files, data.cache_dir) != content:
             raise UserError(f"{source.name}: files changed while they were tokenised; run it again")
 
-    opened = _Opened(key, *build_once(folder, open_built, make))
+    opened = _Opened(key, *build_once(at, open_built, make))
     bad = opened.entry["bad"]
     if not built and skipped.count + len(bad) > skipped.limit:
         for name, number, reason in bad:
@@ -135,7 +135,7 @@ def _build(folder: Path, source: SourceConfig, files: list, job: Job, skipped: B
     # The standard library's files are read by docstrings.py, which does not say how far it is.
     size = 0 if source.source == "stdlib" else sum(path.stat().st_size for _, path in files)
     try:
-        with Shown(size, progress and size > 0) as shown:
+        with Shown(size, progress and size > 0, "tokenising", "tokenised") as shown:
             done = build(folder, records(source, files, job.stage, shown.add), job, skipped)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

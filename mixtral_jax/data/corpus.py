@@ -12,8 +12,8 @@ from mixtral_jax.data.bad_rows import BadRows
 from mixtral_jax.data.cache import Corpus, Source, TokenFile, build_cache
 from mixtral_jax.data.loader import Batches
 from mixtral_jax.data.mixture import Mixture, Schedule
-from mixtral_jax.data.once import build_once
 from mixtral_jax.data.packing import pack, pack_pairs
+from mixtral_jax.data.remote_cache import build_once, place
 from mixtral_jax.data.sources import relative_names, source_files
 from mixtral_jax.data.stream import StreamBadRows, read
 from mixtral_jax.data.text import Document, is_heldout
@@ -73,8 +73,8 @@ def stream_corpus(data: DataConfig, tokenizer) -> Corpus:
         parts = (FORMAT, definition, tokenizer.fingerprint, data.heldout_fraction)
         times = [path.stat().st_mtime_ns for _, path in files]  # a file changed in place may hold out other text
         limits = (HELDOUT_BYTES, HELDOUT_DOCUMENTS, SCANNED_DOCUMENTS)
-        folder = Path(data.cache_dir).expanduser() / "streams" / _hash((parts, times, limits))
-        heldout = build_once(folder, _load, lambda into, of=source: _save(into, _heldout(data, of, tokenizer)))
+        entry = place(data.cache_dir, "streams", _hash((parts, times, limits)))
+        heldout = build_once(entry, _load, lambda into, of=source: _save(into, _heldout(data, of, tokenizer)))
         sources.append(Source(source.name, source.weight, None, heldout))
     if not any(source.heldout.ids for source in sources):
         raise UserError(

@@ -123,7 +123,16 @@ def read_record(path: Path) -> dict:
     Raises:
         FileNotFoundError, ValueError: there is none, or it is damaged.
     """
-    content = json.loads(path.read_bytes())
+    return check_record(path.read_bytes(), path)
+
+
+def check_record(raw: bytes, path: Path | str) -> dict:
+    """Reads the content of what write_record wrote, wherever `path` is.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    content = json.loads(raw)
     if not isinstance(content, dict) or set(content) != {"sha256", "record"}:
         raise ValueError(f"{path} is no record")
     if content["sha256"] != _hash_record(content["record"]):

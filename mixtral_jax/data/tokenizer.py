@@ -20,7 +20,7 @@ import numpy as np
 import sentencepiece
 
 from mixtral_jax.config import SourceConfig, UserError
-from mixtral_jax.data.once import build_once
+from mixtral_jax.data.remote_cache import build_once, place
 from mixtral_jax.data.text import documents, fingerprint, is_heldout
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def load_tokenizer(spec: str, cache_dir: str, heldout_fraction: float = 0.02) ->
     Args:
         spec: `mistral-v1`, `bytes`, `stdlib:SIZE` (trained once, then cached), the path of a SentencePiece model, or
             a folder written by `save`.
-        cache_dir: where `stdlib:SIZE` is kept; `~` is the home directory.
+        cache_dir: where `stdlib:SIZE` is kept, perhaps an object store; `~` is the home directory.
         heldout_fraction: data.heldout_fraction; `stdlib:SIZE` is trained on the other documents only.
 
     Raises:
@@ -265,10 +265,8 @@ def _stdlib_tokenizer(spec: str, cache_dir: str, heldout_fraction: float) -> Sen
             raise UserError(f"{folder / MODEL_FILE} has {tokenizer.vocab_size} pieces instead of {size}")
         return tokenizer
 
-    path = (
-        Path(cache_dir).expanduser() / "tokenizers" / f"stdlib-{size}-{heldout_fraction:g}-{fingerprint(source)[:16]}"
-    )
-    return build_once(path, open_, build)
+    name = f"stdlib-{size}-{heldout_fraction:g}-{fingerprint(source)[:16]}"
+    return build_once(place(cache_dir, "tokenizers", name), open_, build)
 
 
 @functools.cache

@@ -37,7 +37,7 @@ def evaluate(spec: str, step: int | str | None, names: list[str], out: str) -> d
     tokenizer, key = stored_tokenizer(checkpoint), stored_corpus(checkpoint)
     config, model, mesh = load(checkpoint)
     if checkpoint.step is not None:  # the run's own tokenizer, wherever data.tokenizer has gone since
-        stored = dataclasses.replace(config.data, tokenizer=str(checkpoint.folder / "tokenizer"))
+        stored = dataclasses.replace(config.data, tokenizer=str(checkpoint.local / "tokenizer"))
         config = dataclasses.replace(config, data=stored)
     with distributed.process_0_first("corpus"):
         corpus = open_corpus(config.data, tokenizer)

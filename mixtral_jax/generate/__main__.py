@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, help="a run's workdir, WORKDIR/checkpoints/STEP or hf:DIR")
+    add("--checkpoint", required=True, help="a run's workdir or WORKDIR/checkpoints/STEP, here or gs://..., or hf:DIR")
     add("--step", help="of a workdir, which checkpoint: a number, or best (default: the newest)")
     add("--prompt", action="append", default=[], help="text to continue; give it several times for a batch")
     add("--chat", action="store_true", help="talk in Mixtral-8x7B-Instruct's format; with --prompt, answer and end")

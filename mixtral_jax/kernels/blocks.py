@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def _silu_and_slope(x):
+def silu_and_slope(x):
+    """silu(x) and its derivative."""
     sigmoid = jax.nn.sigmoid(x)
     silu = x * sigmoid
     return silu, sigmoid + silu * (1 - sigmoid)
 
 
-def _matmul(a, b, contract):
+def matmul(a, b, contract):
     """Contracts one axis of each with float32 accumulation; the caller casts down where a value is stored."""
     return lax.dot_general(a, b, ((contract[:1], contract[1:]), ((), ())), preferred_element_type=jnp.float32)
 
@@ -30,7 +31,8 @@ def padded(x_MD, block: int):
     return jnp.pad(x_MD, ((0, block), (0, 0)))
 
 
-def _blocks(size, block):
+def count_blocks(size, block):
+    """Blocks that an expert of `size` rows needs."""
     return (size + block - 1) // block
 
 
@@ -48,13 +50,13 @@ def expert_blocks(y_MD, padded_MD, weights, start, size, block: int):
     def one_block(i, y_MD):
         at = start + i * block
         rows_bD = lax.dynamic_slice(padded_MD, (at, 0), (block, padded_MD.shape[1]))
-        gate_bF = _matmul(rows_bD, w_gate_DF, (1, 0))
-        up_bF = _matmul(rows_bD, w_up_DF, (1, 0))
+        gate_bF = matmul(rows_bD, w_gate_DF, (1, 0))
+        up_bF = matmul(rows_bD, w_up_DF, (1, 0))
         hidden_bF = (jax.nn.silu(gate_bF) * up_bF).astype(dtype)
-        out_bD = _matmul(hidden_bF, w_down_FD, (1, 0)).astype(dtype)
+        out_bD = matmul(hidden_bF, w_down_FD, (1, 0)).astype(dtype)
         return lax.dynamic_update_slice(y_MD, out_bD, (at, 0))
 
-    return lax.fori_loop(0, _blocks(size, block), one_block, y_MD)
+    return lax.fori_loop(0, count_blocks(size, block), one_block, y_MD)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -107,23 +109,23 @@ def _backward(block, saved, dy_MD):
             # Rows past this expert's own belong to the next: their part of the weight gradients must vanish.
             mine_b = i * block + jnp.arange(block) < size
             dy_bD = jnp.where(mine_b[:, None], dy_bD, 0)
-            gate_bF = _matmul(rows_bD, w_gate_DF, (1, 0))
-            up_bF = _matmul(rows_bD, w_up_DF, (1, 0))
-            silu_bF, slope_bF = _silu_and_slope(gate_bF)
-            dh_bF = _matmul(dy_bD, w_down_FD, (1, 1))
+            gate_bF = matmul(rows_bD, w_gate_DF, (1, 0))
+            up_bF = matmul(rows_bD, w_up_DF, (1, 0))
+            silu_bF, slope_bF = silu_and_slope(gate_bF)
+            dh_bF = matmul(dy_bD, w_down_FD, (1, 1))
             hidden_bF = (silu_bF * up_bF).astype(dtype)
             dg_bF = (dh_bF * up_bF * slope_bF).astype(dtype)
             du_bF = (dh_bF * silu_bF).astype(dtype)
-            dx_bD = _matmul(dg_bF, w_gate_DF, (1, 1)) + _matmul(du_bF, w_up_DF, (1, 1))
+            dx_bD = matmul(dg_bF, w_gate_DF, (1, 1)) + matmul(du_bF, w_up_DF, (1, 1))
             return (
                 lax.dynamic_update_slice(dx_MD, dx_bD.astype(dtype), (at, 0)),
-                d_gate_DF + _matmul(rows_bD, dg_bF, (0, 0)),
-                d_up_DF + _matmul(rows_bD, du_bF, (0, 0)),
-                d_down_FD + _matmul(hidden_bF, dy_bD, (0, 0)),
+                d_gate_DF + matmul(rows_bD, dg_bF, (0, 0)),
+                d_up_DF + matmul(rows_bD, du_bF, (0, 0)),
+                d_down_FD + matmul(hidden_bF, dy_bD, (0, 0)),
             )
 
         zeros = [jnp.zeros(w.shape, jnp.float32) for w in (w_gate_DF, w_up_DF, w_down_FD)]
-        dx_MD, *grads = lax.fori_loop(0, _blocks(size, block), one_block, (dx_MD, *zeros))
+        dx_MD, *grads = lax.fori_loop(0, count_blocks(size, block), one_block, (dx_MD, *zeros))
         return dx_MD, [grad.astype(dtype) for grad in grads]
 
     weights = (w_gate_eDF, w_up_eDF, w_down_eFD, starts_e, group_sizes_e)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
-from mixtral_jax.kernels import chunks
+from mixtral_jax.kernels.chunks import Products, chunk_rows, swiglu
 
 # Rows, contracted width and output width of one tile. With bfloat16 and double buffers 9 to 13 MiB of the 16 MiB of VMEM
 # that a kernel gets by default; float32 tiles are half as wide. tgmm writes float32 and reads what it adds to.
@@ -53,7 +53,7 @@ def _add_tgmm(total_eDF, x_MD, y_MF, group_sizes_e):
     return _interpreted_on_cpu(add, x_MD.swapaxes(0, 1), y_MF, group_sizes_e, total_eDF)
 
 
-PRODUCTS = chunks.Products(_gmm, functools.partial(_gmm, transpose_rhs=True), _add_tgmm)
+PRODUCTS = Products(_gmm, functools.partial(_gmm, transpose_rhs=True), _add_tgmm)
 
 
 def grouped_swiglu(x_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e, block: int):
@@ -61,5 +61,5 @@ def grouped_swiglu(x_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e, block:
 
     Args and returns as `chunks.swiglu`; a chunk has 16 blocks.
     """
-    chunk = chunks.chunk_rows(x_MD.shape[0], block)
-    return chunks.swiglu(x_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e, chunk, PRODUCTS)
+    chunk = chunk_rows(x_MD.shape[0], block)
+    return swiglu(x_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e, chunk, PRODUCTS)

@@ -10,7 +10,7 @@ from absl import flags
 from jax.lax import RaggedDotDimensionNumbers
 
 from mixtral_jax.config import UserError
-from mixtral_jax.kernels import chunks
+from mixtral_jax.kernels.chunks import Products, chunk_rows, swiglu
 
 _PLAIN = RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])  # MD,eDF->MF
 _TRANSPOSED = RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])  # MF,eDF->MD
@@ -46,7 +46,7 @@ def _add_outer(total_eDF, x_MD, y_MF, group_sizes_e):
     return total_eDF + _ragged_dot(x_MD, y_MF, group_sizes_e, _OUTER, jnp.float32)
 
 
-PRODUCTS = chunks.Products(_dot, _dot_transposed, _add_outer)
+PRODUCTS = Products(_dot, _dot_transposed, _add_outer)
 
 
 def grouped_swiglu(x_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e, block: int):
@@ -57,5 +57,5 @@ def grouped_swiglu(x_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e, block:
     Raises:
         UserError: tokamax is not installed.
     """
-    chunk = chunks.chunk_rows(x_MD.shape[0], block)
-    return chunks.swiglu(x_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e, chunk, PRODUCTS)
+    chunk = chunk_rows(x_MD.shape[0], block)
+    return swiglu(x_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e, chunk, PRODUCTS)

@@ -15,15 +15,11 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.models import attention
-from mixtral_jax.models.layers import rms_norm, rope_table
+from mixtral_jax.models import attention, lora
+from mixtral_jax.models.layers import FLOAT32, rms_norm, rope_table
 from mixtral_jax.models.mixtral import Block, Mixtral, scan_layers
-from mixtral_jax.models.moe import separate_spec
+from mixtral_jax.models.moe import WEIGHTS, separate_spec
 from mixtral_jax.sharding import constrain, param_spec
-
-EXPERTS = ("w_gate_EDF", "w_up_EDF", "w_down_EFD")
-# Float32 wherever they are used; everything else is cast to the compute dtype.
-FLOAT32 = ("w_router_DE", "router_bias_E", "attention_norm_D", "experts_norm_D", "final_norm_D")
 
 
 @jax.tree_util.register_dataclass
@@ -57,7 +53,7 @@ def prepare(model: Mixtral) -> Prepared:
     """Lays the weights out for decoding: layers and experts as separate arrays, matrices in the compute dtype.
 
     It costs a second copy of all weights but the embedding, in model.config.dtype: for 8x7B 93 GB in bfloat16, over all
-    devices together (`Prepared.nbytes` says it exactly). Whoever no longer needs the model drops it and has the memory
+    devices together (`Prepared.nbytes` says it exactly). Adapters (lora.attach) are merged into the copy. Whoever no longer needs the model drops it and has the memory
     back; the peak is both at once. Runs on the current mesh.
     """
     c = model.config
@@ -74,11 +70,13 @@ def prepare(model: Mixtral) -> Prepared:
 def _split_layer(layers: Block, i):
     """One layer out of the stack: the block without its experts, and the experts as slots."""
     block = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), layers)
+    if block.lora is not None:
+        lora.merge_layer(block)
     c = block.config
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else mesh.shape["expert"]
     stacks = []
-    for name in EXPERTS:
+    for name in WEIGHTS:
         w_EDF = getattr(block, name)[...].astype(c.dtype)
         w_neDF = w_EDF.reshape(shards, c.num_experts // shards, *w_EDF.shape[1:])
         slots = [w_neDF[:, e] for e in range(w_neDF.shape[1])]

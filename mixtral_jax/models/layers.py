@@ -6,6 +6,9 @@ from jax import lax
 
 from mixtral_jax.sharding import act_spec, param_spec
 
+# Parameters that are float32 wherever they are used; everything else is cast to the compute dtype.
+FLOAT32 = ("w_router_DE", "router_bias_E", "attention_norm_D", "experts_norm_D", "final_norm_D")
+
 
 def embed(embedding_VD, tokens_BT, dtype):
     """Looks tokens up: [B, T, D] in dtype.

@@ -7,8 +7,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.models import attention, moe
+from mixtral_jax.models import attention, lora, moe
 from mixtral_jax.models.layers import apply_rope, embed, normal, rms_norm, rope_table
+from mixtral_jax.models.lora import LayerAdapters
 from mixtral_jax.sharding import constrain, named_leaves
 
 # What the backward pass finds stored; everything else inside a layer is computed again.
@@ -27,7 +28,12 @@ REMAT = {
 
 
 class Block(nnx.Module):
-    """One layer: x + attention(norm(x)), then x + experts(norm(x)). Weights are float32, without biases."""
+    """One layer: x + attention(norm(x)), then x + experts(norm(x)). Weights are float32, without biases.
+
+    A frozen base's matrices are in the compute dtype, and lora.attach puts adapters beside them.
+    """
+
+    lora: LayerAdapters | None = None
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         c = config
@@ -64,6 +70,10 @@ class Block(nnx.Module):
         q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.w_q_DNH[...].astype(dtype))
         k_BTGH = jnp.einsum("BTD,DGH->BTGH", x_BTD, self.w_k_DGH[...].astype(dtype))
         v_BTGH = jnp.einsum("BTD,DGH->BTGH", x_BTD, self.w_v_DGH[...].astype(dtype))
+        if self.lora is not None:
+            q_BTNH = self.lora.attention("q", x_BTD, q_BTNH)
+            k_BTGH = self.lora.attention("k", x_BTD, k_BTGH)
+            v_BTGH = self.lora.attention("v", x_BTD, v_BTGH)
         q_BTNH = constrain(apply_rope(q_BTNH, *rope), "BTNH")
         k_BTGH = constrain(apply_rope(k_BTGH, *rope), "BTGH")
         if slots is None:
@@ -73,6 +83,8 @@ class Block(nnx.Module):
             keys_values = attention.append(slots, k_BTGH, v_BTGH)
             out_BTNH = attention.attend_to_cache(q_BTNH, *keys_values, slots.at_B, self.config.sliding_window)
         out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.w_o_NHD[...].astype(dtype))
+        if self.lora is not None:
+            out_BTD = self.lora.attention("o", out_BTNH, out_BTD)
         return constrain(out_BTD, "BTD"), keys_values
 
     def experts(self, x_BTD, valid_BT, separate=None):
@@ -82,15 +94,18 @@ class Block(nnx.Module):
         """
         dtype = x_BTD.dtype
         # HIGHEST: by default a GPU rounds float32 operands to tf32 and a TPU to bf16, and near-ties would flip.
-        logits_BTE = jnp.einsum(
-            "BTD,DE->BTE", x_BTD.astype(jnp.float32), self.w_router_DE[...], precision=lax.Precision.HIGHEST
-        )
+        x32_BTD = x_BTD.astype(jnp.float32)
+        logits_BTE = jnp.einsum("BTD,DE->BTE", x32_BTD, self.w_router_DE[...], precision=lax.Precision.HIGHEST)
+        if self.lora is not None:
+            logits_BTE = self.lora.router(x32_BTD, logits_BTE)
         bias_E = self.router_bias_E[...] if self.config.router_bias else None
         logits_BTE = constrain(logits_BTE, "BTE")
         gates_BTK, index_BTK, stats = moe.route(logits_BTE, bias_E, valid_BT, self.config.experts_per_token)
         if separate is None:
             weights = (w[...].astype(dtype) for w in (self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD))
-            out_BTD, computed = moe.experts(x_BTD, gates_BTK, index_BTK, *weights, self.config)
+            adapters = None if self.lora is None else self.lora.experts()
+            scale = 1.0 if adapters is None else lora.scale(self.lora.config)
+            out_BTD, computed = moe.experts(x_BTD, gates_BTK, index_BTK, *weights, self.config, adapters, scale)
         else:
             out_BTD, computed = moe.separate_experts(x_BTD, gates_BTK, index_BTK, separate, self.config)
         # In int32: a pod's batch has more than the 2^24 assignments up to which float32 counts, and some would seem dropped.

@@ -14,9 +14,21 @@ from jax.sharding import PartitionSpec
 from mixtral_jax import backends
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels import BACKENDS, separate
+from mixtral_jax.kernels.adapters import ExpertAdapters, grouped_swiglu_lora
 from mixtral_jax.models import dispatch
 from mixtral_jax.models.permute import permute, sort_by_expert, unpermute
 from mixtral_jax.sharding import act_spec, param_spec, suffix
+
+WEIGHTS = ("w_gate_EDF", "w_up_EDF", "w_down_EFD")
+# In the order of ExpertAdapters.
+ADAPTERS = (
+    "lora_gate_a_EDR",
+    "lora_gate_b_ERF",
+    "lora_up_a_EDR",
+    "lora_up_b_ERF",
+    "lora_down_a_EFR",
+    "lora_down_b_ERD",
+)
 
 
 class RouterStats(NamedTuple):
@@ -85,7 +97,17 @@ def route(logits_BTE, bias_E, valid_BT, k: int):
     return gates_BTK, jnp.where(valid_BT[..., None], index_BTK, e).astype(jnp.int32), stats
 
 
-def local_experts(x_BTD, gates_BTK, index_BTK, w_gate_eDF, w_up_eDF, w_down_eFD, config: ModelConfig):
+def local_experts(
+    x_BTD,
+    gates_BTK,
+    index_BTK,
+    w_gate_eDF,
+    w_up_eDF,
+    w_down_eFD,
+    config: ModelConfig,
+    adapters: ExpertAdapters | None = None,
+    scale: float = 1.0,
+):
     """Permute, experts, unpermute on the experts that are here.
 
     Args:
@@ -94,19 +116,24 @@ def local_experts(x_BTD, gates_BTK, index_BTK, w_gate_eDF, w_up_eDF, w_down_eFD,
         index_BTK: expert of this shard, 0..e-1; e means none of them.
         w_gate_eDF, w_up_eDF, w_down_eFD: weights in x's dtype.
         config: names the backend and its block.
+        adapters: of these experts, any float dtype. With them the weights get no gradient, and the kernel is that of
+            kernels/adapters.py, whatever config.expert_backend says.
+        scale: of the adapters' products.
 
     Returns:
         out_BTD (the part of these experts), computed: number of assignments that were computed, int32.
     """
     weights = (w_gate_eDF, w_up_eDF, w_down_eFD)
-    multiply = _multiply(weights, x_BTD.shape[0] * x_BTD.shape[1], config)
+    multiply = _multiply(weights, x_BTD.shape[0] * x_BTD.shape[1], config, adapters, scale)
     return _sorted_experts(x_BTD, gates_BTK, index_BTK, w_gate_eDF.shape[0], multiply)
 
 
-def _multiply(weights, tokens: int, config: ModelConfig) -> Callable:
+def _multiply(weights, tokens: int, config: ModelConfig, adapters: ExpertAdapters | None, scale: float) -> Callable:
     """The kernel as a function of grouped rows; no expert has more rows than `tokens`."""
-    grouped_swiglu = BACKENDS[backends.resolve(config).expert_backend]
     block = min(config.expert_block, tokens)  # a larger block would only multiply padding (when decoding)
+    if adapters is not None:
+        return lambda rows_MD, sizes_e: grouped_swiglu_lora(rows_MD, weights, adapters, sizes_e, block, scale)
+    grouped_swiglu = BACKENDS[backends.resolve(config).expert_backend]
     return lambda rows_MD, group_sizes_e: grouped_swiglu(rows_MD, *weights, group_sizes_e, block)
 
 
@@ -130,7 +157,7 @@ def _between_permutes(x_BTD, gates_BTK, index_BTK, experts: int, run: Callable):
     return out_ND.reshape(b, t, d), computed
 
 
-def ring_experts(x_bTD, gates_bTK, index_bTK, *weights, config: ModelConfig):
+def ring_experts(x_bTD, gates_bTK, index_bTK, *weights, config: ModelConfig, adapters=None, scale: float = 1.0):
     """Inside shard_map: gathers the tokens of all shards of `expert`, and reduce-scatters the sums of these experts.
 
     Args and returns as `local_experts`, with global indices and this shard's tokens.
@@ -140,11 +167,11 @@ def ring_experts(x_bTD, gates_bTK, index_bTK, *weights, config: ModelConfig):
     e = weights[0].shape[0]
     index_BTK = index_BTK - lax.axis_index(dispatch.AXIS) * e
     index_BTK = jnp.where((index_BTK >= 0) & (index_BTK < e), index_BTK, e)
-    out_BTD, computed = local_experts(x_BTD, gates_BTK, index_BTK, *weights, config)
+    out_BTD, computed = local_experts(x_BTD, gates_BTK, index_BTK, *weights, config, adapters, scale)
     return lax.psum_scatter(out_BTD, dispatch.AXIS, scatter_dimension=0, tiled=True), computed
 
 
-def ragged_experts(x_bTD, gates_bTK, index_bTK, *weights, config: ModelConfig):
+def ragged_experts(x_bTD, gates_bTK, index_bTK, *weights, config: ModelConfig, adapters=None, scale: float = 1.0):
     """Inside shard_map: sends each row to the shard of `expert` that owns its expert, and the result back.
 
     Args and returns as `local_experts`, with global indices and this shard's tokens; `computed` counts the rows that
@@ -153,7 +180,7 @@ def ragged_experts(x_bTD, gates_bTK, index_bTK, *weights, config: ModelConfig):
     shards, e = lax.axis_size(dispatch.AXIS), weights[0].shape[0]
     tokens, k = x_bTD.shape[0] * x_bTD.shape[1], gates_bTK.shape[-1]
     capacity = dispatch.buffer_rows(tokens, k, shards, e, config.buffer_factor, config.expert_block)
-    multiply = _multiply(weights, shards * tokens, config)
+    multiply = _multiply(weights, shards * tokens, config, adapters, scale)
 
     def run(rows_MD, group_sizes_E):
         return dispatch.ragged(rows_MD, group_sizes_E, capacity, multiply)
@@ -161,38 +188,58 @@ def ragged_experts(x_bTD, gates_bTK, index_bTK, *weights, config: ModelConfig):
     return _between_permutes(x_bTD, gates_bTK, index_bTK, shards * e, run)
 
 
-def experts(x_BTD, gates_BTK, index_BTK, w_gate_EDF, w_up_EDF, w_down_EFD, config: ModelConfig):
+def experts(
+    x_BTD,
+    gates_BTK,
+    index_BTK,
+    w_gate_EDF,
+    w_up_EDF,
+    w_down_EFD,
+    config: ModelConfig,
+    adapters: ExpertAdapters | None = None,
+    scale: float = 1.0,
+):
     """The experts on any mesh; without a mesh, `local_experts`. Same arguments, whole arrays.
 
     Returns:
         out_BTD, computed: int32 number of assignments that were computed, over all devices; a pod has more than float32 counts.
     """
+    weights = (w_gate_EDF, w_up_EDF, w_down_EFD)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        out_BTD, computed = local_experts(x_BTD, gates_BTK, index_BTK, w_gate_EDF, w_up_EDF, w_down_EFD, config)
-        return out_BTD, computed
+        return local_experts(x_BTD, gates_BTK, index_BTK, *weights, config, adapters, scale)
     if mesh.shape[dispatch.AXIS] == 1:
         travel = local_experts  # TPUs refuse an exchange among one
     else:
         travel = {"ring": ring_experts, "ragged": ragged_experts}[backends.resolve(config).dispatch]
 
-    def shard(x_bTD, gates_bTK, index_bTK, *weights):
+    def shard(x_bTD, gates_bTK, index_bTK, weights, adapters):
         # Gathered inside, so that the gradients of weights split over `fsdp` are reduce-scattered.
-        weights = (lax.all_gather(w, "fsdp", axis=axis, tiled=True) for w, axis in zip(weights, (1, 1, 2)))
-        out_bTD, computed = travel(x_bTD, gates_bTK, index_bTK, *weights, config=config)
+        weights = _gather(weights, WEIGHTS)
+        adapters = None if adapters is None else ExpertAdapters(*_gather(adapters, ADAPTERS))
+        out_bTD, computed = travel(x_bTD, gates_bTK, index_bTK, *weights, config=config, adapters=adapters, scale=scale)
         # F is split over `tensor`, so each device there holds a part of the sum. Every one of them counted.
         computed = lax.psum(computed, ("data", "fsdp", "expert", "context"))
         return lax.psum(out_bTD, "tensor"), computed
 
-    names = ("w_gate_EDF", "w_up_EDF", "w_down_EFD")
     token_specs = (act_spec("BTD"), act_spec("BTK"), act_spec("BTK"))
+    weight_specs = tuple(param_spec(name, 3) for name in WEIGHTS)
+    adapter_specs = None if adapters is None else ExpertAdapters(*(param_spec(name, 3) for name in ADAPTERS))
     sharded = jax.shard_map(
         shard,
-        in_specs=token_specs + tuple(param_spec(name, 3) for name in names),
+        in_specs=(*token_specs, weight_specs, adapter_specs),
         out_specs=(act_spec("BTD"), PartitionSpec()),
         check_vma=False,  # the kernels' loops start from plain zeros; gradients are tested against the oracle
     )
-    return sharded(x_BTD, gates_BTK, index_BTK, w_gate_EDF, w_up_EDF, w_down_EFD)
+    return sharded(x_BTD, gates_BTK, index_BTK, weights, adapters)
+
+
+def _gather(arrays, names) -> list:
+    """Inside shard_map: parameters whole in D, the letter that is split over `fsdp`; one without D is whole there."""
+    return [
+        lax.all_gather(a, "fsdp", axis=suffix(name).index("D"), tiled=True) if "D" in suffix(name) else a
+        for a, name in zip(arrays, names, strict=True)
+    ]
 
 
 def local_separate_experts(x_BTD, gates_BTK, index_BTK, weights_e, config: ModelConfig):
@@ -240,7 +287,7 @@ def separate_experts(x_BTD, gates_BTK, index_BTK, slots, config: ModelConfig):
         weights_e = [[w[0] for w in slot] for slot in slots]
         out_BTD, computed = local_separate_experts(x_BTD, gates_BTK, index_BTK, weights_e, config)
         return out_BTD, computed
-    specs = [separate_spec(name, config.d_ff) for name in ("w_gate_EDF", "w_up_EDF", "w_down_EFD")]
+    specs = [separate_spec(name, config.d_ff) for name in WEIGHTS]
     # Where F is split over fsdp, the tokens of all its devices meet all its parts of F.
     token_axes = ("fsdp", "expert") if "fsdp" in specs[0][2] else ("expert",)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from mixtral_jax import metrics
 from mixtral_jax.config import Config
+from mixtral_jax.plan.amounts import split
 from mixtral_jax.plan.chips import Topology, Wire
-from mixtral_jax.plan.hlo import split
 from mixtral_jax.plan.traffic import Transfer, tokens_of_device
 
 

@@ -1,6 +1,6 @@
 """Reads a compiled module's text: which collectives it has, how often each runs, over which mesh axes, how many bytes.
 
-Bytes are what one device receives: of an all-gather's result the parts of the others, and so on (see `moved`).
+Bytes are what one device receives: of an all-gather's result the parts of the others, and so on (see `amounts.moved`).
 """
 
 import dataclasses
@@ -8,6 +8,8 @@ import math
 import re
 
 import numpy as np
+
+from mixtral_jax.plan.amounts import moved
 
 ITEM = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8, "f64": 8}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "ragged-all-to-all", "all-to-all", "collective-permute")
@@ -28,18 +30,6 @@ class Collective:
     bytes: float  # that a device receives each time
     times: int  # how often a step runs it
     name: str  # where it comes from in the program
-
-
-def moved(kind: str, result: int, n: int) -> float:
-    """Bytes that one of n devices receives, from the bytes of the collective's result on one device.
-
-    An all-reduce is a reduce-scatter and an all-gather (the ring algorithm, and the bound of any).
-    """
-    if kind == "reduce-scatter":
-        return float(result * (n - 1))
-    if kind == "collective-permute":
-        return float(result)
-    return result * (n - 1) / n * (2 if kind == "all-reduce" else 1)
 
 
 def collectives(text: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> list[Collective]:
@@ -177,26 +167,3 @@ def _mesh_group(sizes: str, order: str, over: str) -> list[int]:
 def _varying(members: list[int], shape, axes) -> tuple[str, ...]:
     places = np.stack(np.unravel_index(members, shape))
     return tuple(axis for axis, place in zip(axes, places) if len(set(place.tolist())) > 1)
-
-
-def by_axis(found: list[Collective], sizes: dict[str, int]) -> dict[str, float]:
-    """Bytes a device receives in a step over each mesh axis of more than one device."""
-    total = {axis: 0.0 for axis, size in sizes.items() if size > 1}
-    for one in found:
-        for axis, amount in split(one.axes, one.bytes * one.times, sizes).items():
-            total[axis] += amount
-    return total
-
-
-def split(axes: tuple[str, ...], amount: float, sizes: dict[str, int]) -> dict[str, float]:
-    """Divides a collective's bytes among its axes, as if it ran axis by axis, the last (the nearest devices) first.
-
-    With n and m devices: (nm - 1) / nm = (m - 1) / m + (n - 1) / nm.
-    """
-    n = math.prod(sizes[axis] for axis in axes)
-    whole, left = amount * n / max(n - 1, 1), 1.0
-    parts = {}
-    for axis in reversed(axes):
-        parts[axis] = whole * left * (sizes[axis] - 1) / sizes[axis]
-        left /= sizes[axis]
-    return parts

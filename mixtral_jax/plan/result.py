@@ -11,7 +11,7 @@ from mixtral_jax import memory, metrics
 from mixtral_jax.config import AXES, Config, UserError, resolve_mesh
 from mixtral_jax.models import mixtral
 from mixtral_jax.optim import make_optimizer
-from mixtral_jax.plan import aot, bounds, hlo, traffic
+from mixtral_jax.plan import amounts, aot, bounds, hlo, traffic
 from mixtral_jax.plan.chips import Topology, axis_extents, wire
 from mixtral_jax.step import TrainState, abstract_state
 
@@ -70,7 +70,13 @@ class Shapes(NamedTuple):
 def shapes_of(config: Config) -> Shapes:
     """The state's shapes and the numbers of parameters; tracing the model takes about a second."""
     one = jax.sharding.AbstractMesh((1,) * len(AXES), AXES)
-    like, _ = abstract_state(config, make_optimizer(config.optim, config.train.steps), one)
+    # Where arrays lie is no part of their shape, and an abstract mesh has no memories to choose among.
+    here = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, remat="none"),
+        optim=dataclasses.replace(config.optim, offload=False),
+    )
+    like, _ = abstract_state(here, make_optimizer(config.optim, config.train.steps), one)
     return Shapes(like, *mixtral.parameter_counts(config.model))
 
 
@@ -95,7 +101,7 @@ def by_formula(config: Config, topology: Topology, extents: dict[str, list[int]]
         **_head(config, topology, shapes),
         **_memory(config, topology, shapes.like),
         "traffic_bytes_per_device": {
-            "formula": traffic.by_axis(found, sizes),
+            "formula": amounts.by_axis(found, sizes),
             "compiled": None,
             "terms": sorted(terms, key=lambda term: -term["bytes"]),
             "collectives": None,
@@ -200,7 +206,7 @@ def _add_account(result: dict[str, Any], config: Config, account: aot.Compiled, 
     result["fits"] = result["hbm_bytes_needed"] <= result["hbm_bytes_available"]
     if account.text:
         read = hlo.collectives(account.text, tuple(mesh.shape.values()), mesh.axis_names)
-        result["traffic_bytes_per_device"]["compiled"] = hlo.by_axis(read, dict(mesh.shape))
+        result["traffic_bytes_per_device"]["compiled"] = amounts.by_axis(read, dict(mesh.shape))
         result["traffic_bytes_per_device"]["collectives"] = _counted(read)
         result["traffic_bytes_per_device"]["largest"] = _largest(read)
 

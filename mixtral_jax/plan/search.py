@@ -51,7 +51,7 @@ def search(
         quiet: shows no progress bar.
 
     Returns:
-        plans: those compiled that fit, the best first, then those that did not; estimates: the twenty best by formula;
+        plans: those compiled that fit, the best first (of equals the one with more room), then those that did not; estimates: the twenty best by formula;
         tried: how many there were.
 
     Raises:
@@ -81,14 +81,18 @@ def search(
                 break
             done.append(plan.make(tried[i], topology, devices, quiet=True))
             bar.update(done[-1]["fits"])
-    done.sort(key=lambda one: (not one["fits"], one["seconds_per_step"]["predicted"]))
+    done.sort(key=lambda one: (not one["fits"], _seconds(one), one["hbm_bytes_needed"]))
     return {"plans": done, "estimates": [estimates[i] for i in order[:20]], "tried": len(tried)}
 
 
 def _rank(estimate: dict[str, Any]) -> tuple:
     """What fits by formula first, then by predicted time; of equals the one with less traffic."""
-    predicted = float(f"{estimate['seconds_per_step']['predicted']:.3g}")
-    return (not estimate["fits"], predicted, plan.per_device(estimate))
+    return (not estimate["fits"], _seconds(estimate), plan.per_device(estimate))
+
+
+def _seconds(one: dict[str, Any]) -> float:
+    """The predicted time to three digits: more the formulas do not know, and equals are ranked by something else."""
+    return float(f"{one['seconds_per_step']['predicted']:.3g}")
 
 
 def _accepted(config: Config, topology: Topology) -> Config | None:

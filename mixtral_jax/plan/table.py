@@ -24,6 +24,10 @@ def plan(result: dict[str, Any]) -> str:
     lines += [f"  {name:<14}{size / GIB:9.2f} GiB" for name, size in result["hbm_bytes_per_device"].items()]
     verdict = "fits" if result["fits"] else "DOES NOT FIT"
     lines.append(f"  {'in all':<14}{need / GIB:9.2f} GiB of {have / GIB:.2f} GiB: {verdict} ({need / have:.0%})")
+    if result["host_bytes_per_device"]:
+        lines.append(
+            f"  {'on its host':<14}{result['host_bytes_per_device'] / GIB:9.2f} GiB (pinned; optim.offload, model.remat=offload)"
+        )
     for row in [] if result["fits"] else result["largest_buffers"]:
         lines.append(f"    {row['bytes'] / GIB:9.2f} GiB  {row['shapes'][:80]}  {row.get('where', '')[-60:]}")
     lines += [f"    {text}" for text in result["knobs"]]

@@ -9,7 +9,7 @@ import dataclasses
 
 from mixtral_jax.config import Config
 from mixtral_jax.models import dispatch
-from mixtral_jax.plan.hlo import moved, split
+from mixtral_jax.plan.amounts import moved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,15 +102,6 @@ def _ends(config: Config, add, item: int, times: int) -> None:
             times,
             True,
         )
-
-
-def by_axis(found: list[Transfer], sizes: dict[str, int]) -> dict[str, float]:
-    """Bytes a device receives in a step over each mesh axis of more than one device."""
-    total = {axis: 0.0 for axis, size in sizes.items() if size > 1}
-    for one in found:
-        for axis, amount in split(one.axes, one.bytes * one.times, sizes).items():
-            total[axis] += amount
-    return total
 
 
 def receive_buffers(config: Config) -> dict[str, int]:

@@ -243,22 +243,20 @@ def test_the_key_is_that_of_the_documents(make, tmp_path):
     assert make(ROWS["sft"], max_bad_rows=7).key == first.key
     # The same files elsewhere are the same corpus, with ids of their own.
     moved = shutil.copytree(tmp_path / "corpus", tmp_path / "moved")
-    write(tmp_path / "corpus" / "a.jsonl", ROWS["sft"])
-    elsewhere = make(ROWS["sft"], path=str(moved))
     write(moved / "a.jsonl", ROWS["sft"])
     elsewhere = make(ROWS["sft"], path=str(moved))
     assert elsewhere.key == first.key
     assert elsewhere.train.ids[0].startswith(str(moved))
 
 
-@pytest.mark.parametrize("name", ["train.tokens", "train.weights", "heldout.documents", "entry.json"])
-@pytest.mark.parametrize("harm", ["cut", "gone", "flip"])
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [("train.tokens", "cut"), ("train.weights", "gone"), ("heldout.documents", "cut"), ("entry.json", "flip")],
+)
 def test_a_damaged_cache_is_built_again(make, make_data, caplog, name, harm):
     expected = both(make(ROWS["sft"]))
     (path,) = Path(make_data().cache_dir).rglob(f"chat/*/{name}")
     raw = path.read_bytes()
-    if harm == "flip" and name != "entry.json":
-        return  # the sizes are compared at every start, the contents are not
     if harm == "gone":
         path.unlink()
     else:

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mixtral_jax.config import MeshConfig
-from mixtral_jax.plan import hlo
+from mixtral_jax.plan import amounts, hlo
 from mixtral_jax.sharding import make_mesh
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
@@ -101,9 +101,9 @@ def test_each_kind_counts_what_a_device_receives():
 
 def test_bytes_over_several_axes_are_divided_and_not_lost():
     sizes = dict(zip(AXES, (1, 2, 4, 1, 1)))
-    parts = hlo.split(("fsdp", "expert"), 700.0, sizes)
+    parts = amounts.split(("fsdp", "expert"), 700.0, sizes)
     assert parts == {"expert": 600.0, "fsdp": 100.0}
-    assert hlo.split(("expert",), 300.0, sizes) == {"expert": 300.0}
+    assert amounts.split(("expert",), 300.0, sizes) == {"expert": 300.0}
 
 
 def test_a_real_module_in_a_loop():
@@ -127,7 +127,7 @@ def test_a_real_module_in_a_loop():
         ("all-gather", ("tensor",), 3),
         ("all-reduce", ("data", "expert"), 3),
     }
-    got = hlo.by_axis(found, dict(mesh.shape))
+    got = amounts.by_axis(found, dict(mesh.shape))
     part = 32 * 8 * 4
     assert got == pytest.approx({"tensor": 3 * part, "expert": 3 * 2 * part / 2, "data": 3 * 2 * part / 4})
     assert np.isclose(sum(got.values()), 3 * part + 3 * 2 * part * 3 / 4)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import struct
 import subprocess
 import sys
@@ -13,17 +14,17 @@ import pytest
 from configs import mixtral_8x7b, mixtral_8x22b
 from mixtral_jax import metrics
 from mixtral_jax.config import UserError, from_config_dict
-from mixtral_jax.plan import aot, bounds, chips, plot, result, search, table, traffic
+from mixtral_jax.plan import amounts, aot, bounds, chips, plot, result, search, table, traffic
 from tests.helpers import tiny
+from tests.plan import NODE
 
 ROOT = Path(__file__).parent.parent.parent
-TOPOLOGY = chips.parse_topology("h100:1x8")
 
 
 @pytest.fixture(scope="module")
 def plan():
     config = tiny(mesh__fsdp=2, mesh__expert=-1, model__num_layers=1)
-    return result.make(config, TOPOLOGY, jax.devices(), quiet=True)
+    return result.make(config, NODE, jax.devices(), quiet=True)
 
 
 def test_the_json_has_what_the_design_promises(plan):
@@ -62,7 +63,7 @@ def test_tables_and_the_picture(plan, tmp_path):
 def test_what_does_not_fit_says_what_is_large_and_what_would_help():
     config = from_config_dict(mixtral_8x7b.get_config())
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=1, fsdp=1, expert=8))
-    plan = result.make(config, TOPOLOGY, jax.devices(), compiled=False)
+    plan = result.make(config, NODE, jax.devices(), compiled=False)
     assert plan["fits"] is False
     assert plan["largest_buffers"][0]["bytes"] > 2**30
     assert plan["knobs"]
@@ -97,10 +98,10 @@ def test_a_mesh_that_does_not_fit_names_both_numbers():
 
 def test_a_gpus_own_kernels_are_planned_with_the_cpus_and_a_tpus_are_refused():
     named = tiny(mesh__fsdp=8, model__dtype="bfloat16", model__attention="cudnn", model__expert_backend="tokamax")
-    model = result.resolve(named, TOPOLOGY).model
+    model = result.resolve(named, NODE).model
     assert (model.attention, model.expert_backend) == ("chunked", "blocks")
     with pytest.raises(UserError, match=r"model\.expert_backend=megablox.*gpu"):
-        result.resolve(tiny(mesh__fsdp=8, model__expert_backend="megablox"), TOPOLOGY)
+        result.resolve(tiny(mesh__fsdp=8, model__expert_backend="megablox"), NODE)
 
 
 def test_libtpu_missing_says_what_to_install(monkeypatch):
@@ -134,7 +135,7 @@ def test_extents_follow_the_coordinates():
 
 
 def test_flops_and_bounds_by_hand():
-    config = result.resolve(tiny(mesh__fsdp=8, mesh__expert=1), TOPOLOGY)
+    config = result.resolve(tiny(mesh__fsdp=8, mesh__expert=1), NODE)
     per_token = metrics.flops_per_token(config.model, 32)
     again = {"none": 0, "full": per_token / 3 - 2 * 128 * 32}
     for remat, extra in again.items():
@@ -142,20 +143,20 @@ def test_flops_and_bounds_by_hand():
         always = 2 * 128 * 32 + 2 * 2 * 4 * 32 * 48  # the head's logits; gate and up of two layers and two experts
         assert bounds.executed_flops(changed) == pytest.approx((per_token + extra + always) * 8 * 32 / 8)
     wires = {"fsdp": chips.Wire(1e3, 1e3, "slow")}
-    times = bounds.seconds(config, TOPOLOGY, wires, traffic.transfers(config), 10**5)
-    moved = traffic.by_axis(traffic.transfers(config), {"fsdp": 8})["fsdp"]
+    times = bounds.seconds(config, NODE, wires, traffic.transfers(config), 10**5)
+    moved = amounts.by_axis(traffic.transfers(config), {"fsdp": 8})["fsdp"]
     assert times["bound_by"] == "interconnect, fsdp"
     assert times["bound"] == times["interconnect"]["fsdp"] == pytest.approx(moved / 1e3)
-    ideal = per_token * 8 * 32 / 8 / TOPOLOGY.chip.peak_flops
+    ideal = per_token * 8 * 32 / 8 / NODE.chip.peak_flops
     assert times["mfu_ceiling"] == pytest.approx(ideal / times["bound"])
 
 
 def test_the_search_ranks_what_fits_and_compiles_the_best():
     config = tiny(model__num_layers=1, train__batch_size=16)
-    found = search.search(config, TOPOLOGY, jax.devices(), compile_best=1, quiet=True)
-    meshes = {tuple(one.mesh.__dict__.values()) for one in search.candidates(config, TOPOLOGY)}
+    found = search.search(config, NODE, jax.devices(), compile_best=1, quiet=True)
+    meshes = {tuple(one.mesh.__dict__.values()) for one in search.candidates(config, NODE)}
     assert found["tried"] > len(meshes) > 20
-    assert all(_product(mesh) == 8 for mesh in meshes)
+    assert all(math.prod(mesh) == 8 for mesh in meshes)
     times = [float(f"{one['seconds_per_step']['predicted']:.3g}") for one in found["estimates"]]
     assert times == sorted(times)
     assert found["plans"][0]["memory_from"] == "the compiler"
@@ -163,16 +164,37 @@ def test_the_search_ranks_what_fits_and_compiles_the_best():
     assert "s/step" in table.ranking(found["plans"])
 
 
-def _product(sizes):
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
+def test_offload_is_planned_by_formula():
+    """The moments lie on the host; what does not fit the devices does not crash the plan."""
+    here = result.make(tiny(mesh__fsdp=8), NODE, jax.devices(), compiled=False)
+    there = result.make(
+        tiny(mesh__fsdp=8, optim__offload=True, model__remat="offload"), NODE, jax.devices(), compiled=False
+    )
+    assert there["hbm_bytes_per_device"]["optimizer"] == 0
+    assert there["host_bytes_per_device"] == here["hbm_bytes_per_device"]["optimizer"] > 0
+    assert "on its host" in table.plan(there)
+    assert "on its host" not in table.plan(here)
+
+
+def test_of_equally_fast_plans_the_one_with_more_room_is_first(monkeypatch):
+    made = []
+
+    def make(config, *rest, **more):
+        made.append(
+            {"fits": True, "hbm_bytes_needed": 10 - len(made), "seconds_per_step": {"predicted": 1 + len(made) / 1e6}}
+        )
+        return made[-1]
+
+    monkeypatch.setattr(search.plan, "make", make)
+    found = search.search(
+        tiny(model__num_layers=1, train__batch_size=16), NODE, jax.devices(), compile_best=3, quiet=True
+    )
+    assert [one["hbm_bytes_needed"] for one in found["plans"]] == [8, 9, 10]
 
 
 def test_the_search_says_when_nothing_fits():
     with pytest.raises(UserError, match=r"train\.batch_size=1"):
-        search.search(tiny(train__batch_size=1, train__seq_len=1), TOPOLOGY, jax.devices(), quiet=True)
+        search.search(tiny(train__batch_size=1, train__seq_len=1), NODE, jax.devices(), quiet=True)
 
 
 @pytest.mark.parametrize(("config", "chips_"), [(mixtral_8x7b, 64), (mixtral_8x22b, 512)])

@@ -6,18 +6,17 @@ import jax
 import pytest
 
 from mixtral_jax import memory
-from mixtral_jax.plan import aot, chips, hlo, result, traffic
+from mixtral_jax.plan import amounts, aot, hlo, result, traffic
 from tests.helpers import tiny
-
-TOPOLOGY = chips.parse_topology("h100:1x8")
+from tests.plan import NODE
 
 
 @functools.cache
 def compiled(remat, **axes):
     """A tiny train step's formulas, collectives, account and abstract state."""
     config = tiny(**{f"mesh__{axis}": size for axis, size in axes.items()}, model__remat=remat)
-    config = result.resolve(config, TOPOLOGY)
-    mesh, _ = aot.plan_mesh(config, TOPOLOGY, jax.devices())
+    config = result.resolve(config, NODE)
+    mesh, _ = aot.plan_mesh(config, NODE, jax.devices())
     lowered, like = aot.lower(config, mesh)
     account = aot.compile_step(lowered, "test", quiet=True)
     found = hlo.collectives(account.text, tuple(mesh.shape.values()), mesh.axis_names)
@@ -91,7 +90,7 @@ def test_each_axis_is_near_the_whole_module(axes):
     config, transfers, found, *_ = compiled("full", **axes)
     sizes = {axis: size for axis, size in vars(config.mesh).items() if size > 1}
     own = [one for one in found if "top_k" not in one.name]
-    formula, module = traffic.by_axis(transfers, sizes), hlo.by_axis(own, sizes)
+    formula, module = amounts.by_axis(transfers, sizes), amounts.by_axis(own, sizes)
     for axis in sizes:
         assert formula[axis] == pytest.approx(module[axis], rel=0.25), axis
 
@@ -100,7 +99,7 @@ def test_the_state_is_exact_to_the_byte():
     """The compiler's arguments are the parameters, the moments, three counters and the batch, and nothing else."""
     config, _, _, account, like = compiled("full", fsdp=2, expert=4)
     state = memory.state_bytes(like)
-    rows = result.by_formula(config, TOPOLOGY, {axis: [1, 8] for axis in vars(config.mesh)}, result.shapes_of(config))
+    rows = result.by_formula(config, NODE, {axis: [1, 8] for axis in vars(config.mesh)}, result.shapes_of(config))
     rows = rows["hbm_bytes_per_device"]
     params = sum(size for name, size in state.items() if name.startswith("params"))
     assert rows["parameters"] == params
@@ -120,7 +119,7 @@ def test_receive_buffers():
     got = traffic.receive_buffers(whole)
     assert got["configured"] == got["dropless"] == 4 * share, "of one expert a token chooses it once"
     ring = tiny(mesh__expert=8, mesh__fsdp=1, model__dispatch="auto", model__buffer_factor=1.5, train__batch_size=8)
-    got = traffic.receive_buffers(result.resolve(ring, TOPOLOGY))
+    got = traffic.receive_buffers(result.resolve(ring, NODE))
     assert got["configured"] == got["dropless"] == 8 * share, "the ring holds the rows of all and knows no bound"
     blocks = tiny(mesh__expert=8, mesh__fsdp=1, model__dispatch="ragged", model__buffer_factor=0.1, train__batch_size=8)
     rows = blocks.model.expert_block

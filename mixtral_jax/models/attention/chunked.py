@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mixtral_jax.models.attention import plain
 from mixtral_jax.models.attention.plain import MASKED, Places, visible
+from mixtral_jax.models.attention.plain import attend as attend_plain
 
 QUERIES = 128
 KEYS = 256
@@ -28,7 +28,7 @@ def attend(q_BTNH, k_BSGH, v_BSGH, queries: Places, keys: Places, window: int):
     """
     t, s = q_BTNH.shape[1], k_BSGH.shape[1]
     if s <= KEYS:
-        return plain.attend(q_BTNH, k_BSGH, v_BSGH, queries, keys, window)
+        return attend_plain(q_BTNH, k_BSGH, v_BSGH, queries, keys, window)
     q_BTNH, queries = _padded(q_BTNH, queries, QUERIES)
     k_BSGH, _ = _padded(k_BSGH, keys, KEYS)
     v_BSGH, keys = _padded(v_BSGH, keys, KEYS)

@@ -9,7 +9,7 @@ from jax import lax
 from jax._src.cudnn import fused_attention_stablehlo as fused
 
 from mixtral_jax.config import UserError
-from mixtral_jax.models.attention import chunked
+from mixtral_jax.models.attention.chunked import attend as attend_chunked
 from mixtral_jax.models.attention.plain import Places
 
 CUDNN = 90600  # 9.6.0, as cuDNN writes it
@@ -79,7 +79,7 @@ def attend(q_BTNH, k_BSGH, v_BSGH, queries: Places, keys: Places, window: int):
         return _packed(q_BTNH, k_BSGH, v_BSGH, queries.segment_ids_BT > 0, begin_BM, length_BM, window)
 
     def fallback(q_BTNH, k_BSGH, v_BSGH):
-        return chunked.attend(q_BTNH, k_BSGH, v_BSGH, queries, keys, window)
+        return attend_chunked(q_BTNH, k_BSGH, v_BSGH, queries, keys, window)
 
     few = count_B.max() <= begin_BM.shape[1]
     return lax.cond(few, packed, fallback, q_BTNH, k_BSGH, v_BSGH)
