@@ -17,7 +17,7 @@ from mixtral_jax.data.bad_rows import BadRows
 from mixtral_jax.data.cache import Corpus, Source, require_both
 from mixtral_jax.data.chat_build import DROPPED, SPLITS, Job, build, open_built
 from mixtral_jax.data.fingerprint import fingerprint
-from mixtral_jax.data.records import Stage, records
+from mixtral_jax.data.records import Stage, records, refuse_text
 from mixtral_jax.data.remote_cache import build_once, place
 from mixtral_jax.data.shown import Shown
 from mixtral_jax.data.sources import source_files
@@ -101,10 +101,10 @@ def _open(
     data: DataConfig, source: SourceConfig, tokenizer, stage: Stage, seq_len: int, skipped: BadRows, progress: bool
 ) -> _Opened:
     """Opens a source's cache, built first if need be, and adds its bad rows to those of the sources before it."""
-    if source.source == "text":
-        next(records(source, [], stage))  # refuses it
+    refuse_text(source, stage)
     files = source_files(source)
-    content = _content(source, files, data.cache_dir)
+    here = place(data.cache_dir).local
+    content = _content(source, files, here)
     key = _hash((FORMAT, stage, content, tokenizer.fingerprint, seq_len, data.heldout_fraction))
     # The files' names are in the ids of documents, but a corpus that was moved is the same one.
     names = [name for name, _ in files]
@@ -116,7 +116,7 @@ def _open(
         nonlocal built
         built = True
         _build(into, source, files, job, skipped, progress)
-        if _content(source, files, data.cache_dir) != content:
+        if _content(source, files, here) != content:
             raise UserError(f"{source.name}: files changed while they were tokenised; run it again")
 
     opened = _Opened(key, *build_once(at, open_built, make))
@@ -148,7 +148,7 @@ def _build(folder: Path, source: SourceConfig, files: list, job: Job, skipped: B
         logger.info("tokenised %s tokens in %.1f s", f"{done:,}", time.perf_counter() - start)
 
 
-def _content(source: SourceConfig, files: list, cache_dir: str) -> str:
+def _content(source: SourceConfig, files: list, cache_dir: Path) -> str:
     """The hash of all that decides the rows."""
     found = fingerprint(source, files, cache_dir)
     if source.source != "stdlib":

@@ -68,7 +68,8 @@ def _strings(given: dict) -> Parts:
     chosen, rejected = given["chosen"], given["rejected"]
     if "prompt" not in given and chosen != rejected:
         at = _common(chosen, rejected)
-        at -= at > 0 and chosen[at - 1] == " "
+        if at and chosen[at] != rejected[at] and chosen[at - 1] == " ":
+            at -= 1
         if not at:
             raise UserError("no key 'prompt', and 'chosen' and 'rejected' do not begin alike; give a prompt")
         prompt, chosen, rejected = chosen[:at], chosen[at:], rejected[at:]

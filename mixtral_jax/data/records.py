@@ -45,11 +45,7 @@ def records(
     Raises:
         UserError: a source of plain text, or a file that cannot be read as its format.
     """
-    if source.source == "text":
-        raise UserError(
-            f"data.source=text with train.stage={stage}: a text file has no conversations; set data.source to jsonl, "
-            "parquet, arrow, hub or stdlib, or train.stage=pretrain"
-        )
+    refuse_text(source, stage)
     if source.source == "stdlib":
         from mixtral_jax.data import docstrings  # reads the whole standard library
 
@@ -66,3 +62,16 @@ def records(
                 yield Record(part.name, before + number, content)
         before += number
         tick(part.size)
+
+
+def refuse_text(source: SourceConfig, stage: Stage) -> None:
+    """Refuses a source of plain text.
+
+    Raises:
+        UserError: it is one.
+    """
+    if source.source == "text":
+        raise UserError(
+            f"data.source=text with train.stage={stage}: a text file has no conversations; set data.source to jsonl, "
+            "parquet, arrow, hub or stdlib, or train.stage=pretrain"
+        )

@@ -16,6 +16,7 @@ import pytest
 from mixtral_jax.config import SourceConfig, UserError
 from mixtral_jax.data import chat_build, chat_corpus, open_batches, records
 from mixtral_jax.data.chat_corpus import open_chat_corpus
+from mixtral_jax.data.conversations import prompt_text
 from mixtral_jax.data.text import is_heldout
 from mixtral_jax.data.tokenizer import load_tokenizer
 
@@ -294,6 +295,17 @@ def test_bad_rows_count_over_all_sources(make_data, tmp_path):
     # Of a cache with bad rows a lower limit still refuses them.
     with pytest.raises(UserError, match=r"b.jsonl:52: .*; 2 bad rows were skipped before it, data.max_bad_rows=2"):
         open_chat_corpus(make_data(path="", mixture=mixture, max_bad_rows=2), BYTES, "sft", SEQ_LEN)
+
+
+def test_a_source_of_a_mixture_may_have_nothing_held_out(make_data, tmp_path):
+    (one,) = [q for q in ("p", "q", "r", "s") if not is_heldout(prompt_text([{"role": "user", "content": q}]), 0.3)][:1]
+    paths = [write(tmp_path / "corpus" / "a.jsonl", ROWS["sft"])]
+    paths.append(write(tmp_path / "corpus" / "b.jsonl", [{"prompt": one, "completion": "a"}]))
+    mixture = tuple(SourceConfig("jsonl", path, "text", path[-7], 1.0) for path in paths)
+    corpus = open_chat_corpus(make_data(path="", mixture=mixture), BYTES, "sft", SEQ_LEN)
+    assert len(corpus.sources[1].heldout.ids) == len(corpus.sources[1].heldout.weights) == 0
+    assert len(corpus.sources[1].train.ids) == 1
+    assert len(corpus.heldout.weights) == len(corpus.heldout.tokens) == len(corpus.sources[0].heldout.tokens)
 
 
 LINES = "\n".join(json.dumps(row) for row in ROWS["sft"])

@@ -14,6 +14,7 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from mixtral_jax.config import UserError
 from mixtral_jax.data.chat import encode_chat, encode_conversation
+from mixtral_jax.data.conversations import Dropped, parse_conversation
 from mixtral_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, load_tokenizer
 
 DATA = Path(mistral_common.__file__).parent / "data"
@@ -191,6 +192,20 @@ def test_neighbours_of_other_weights_stay_apart(tokenizer, finetuning):
         assert ids.count(tokenizer.eos_id) == 1 + (weights[0] != weights[1])
         assert found[-1] == 1
         assert (found == 0).sum() >= (2 if weights[0] == 0 else 1)
+
+
+def test_parts_of_a_message_are_joined_as_mistral_common_joins_them(tokenizer, finetuning):
+    rng = random.Random(5)
+    for _ in range(200):
+        messages = conversation(rng, 4, regular=True)
+        for m in messages:
+            texts = rng.choices(TEXTS, k=rng.randint(1, 3)) if rng.random() < 0.5 else [m["content"]]
+            m["content"] = [{"type": "text", "text": text} for text in texts]
+        expected, parsed = theirs(finetuning, messages), parse_conversation({"messages": messages}, "text")
+        if expected is None or isinstance(parsed, Dropped):
+            assert not isinstance(parsed, list)
+        else:
+            assert encode_conversation(tokenizer, parsed)[0] == expected
 
 
 def test_v2_has_the_ids_of_v3():

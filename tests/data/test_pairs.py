@@ -62,6 +62,7 @@ def test_every_format_is_read(record, expected):
         ("Q: one A:yes", "Q: one A:no", "Q: one A:"),
         ("Human: a\n\nAssistant: same b", "Human: a\n\nAssistant: same c", "Human: a\n\nAssistant: same"),
         ("abc", "abcd", "ab"),  # something is left of each
+        ("ab c", "ab cd", "ab "),
         ("日本x", "日本y", "日本"),
     ],
 )
