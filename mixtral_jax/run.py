@@ -16,14 +16,14 @@ from mixtral_jax.checkpoint import Checkpoints, SaveError
 from mixtral_jax.config import Config, RunError, UserError
 from mixtral_jax.data import Corpus, load_tokenizer
 from mixtral_jax.jsonl import first_start
-from mixtral_jax.models import lora, mixtral
+from mixtral_jax.models import mixtral
 from mixtral_jax.optim import make_optimizer
 from mixtral_jax.progress import Progress, Throughput
 from mixtral_jax.reference import WithReference, open_reference
 from mixtral_jax.resume import find_state, identity
 from mixtral_jax.sharding import make_mesh, replicated
 from mixtral_jax.stages import STAGES
-from mixtral_jax.step import TrainState, make_train_step
+from mixtral_jax.step import TrainState, make_train_step, model_of
 from mixtral_jax.timing import Breakdown, Goodput
 from mixtral_jax.workdir import store_run
 from mixtral_jax.writers import MetricsWriter, require_wandb
@@ -63,8 +63,8 @@ class Run:
 
     @property
     def model(self):
-        """The plain weights that the run has made so far: with LoRA the adapters merged into their base."""
-        return lora.merge(self.frozen, self.state.params, self.config) if self.config.lora.rank else self.state.params
+        """The model that the run has made so far."""
+        return model_of(self.config, self.state.params, self.frozen)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Writes a line of metrics, on process 0; see MetricsWriter.write."""
