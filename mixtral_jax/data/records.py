@@ -47,7 +47,7 @@ def records(
     """
     refuse_text(source, stage)
     if source.source == "stdlib":
-        from mixtral_jax.data import docstrings  # reads the whole standard library
+        import mixtral_jax.data.docstrings as docstrings  # reads the whole standard library
 
         for name, content in docstrings.instructions() if stage == "sft" else docstrings.preferences():
             yield Record(name, 0, content)
