@@ -62,10 +62,12 @@ def _renamed(message):
     """A message with ShareGPT's keys as one with ours; in tables a message may have all four, two of them null."""
     if not isinstance(message, dict) or not {"from", "value"} <= message.keys():
         return message
-    if any(message.get(key) is not None for key in ("role", "content")):
-        return message
     rest = {key: value for key, value in message.items() if key not in ("from", "value", "role", "content")}
-    return {"role": message["from"], "content": message["value"]} | rest
+    theirs = {"role": message["from"], "content": message["value"]}
+    ours = {key: message[key] for key in ("role", "content") if key in message}
+    if all(value is None for value in ours.values()):
+        return theirs | rest
+    return ours | rest if theirs == {"role": None, "content": None} else message
 
 
 def _known_role(message):

@@ -110,8 +110,9 @@ def test_validate_names_every_row_that_is_left_out(write, stage, tmp_path, capsy
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_counts_are_those_of_the_corpus_and_its_batches(write, stage, tmp_path, make_data):
     out = tmp_path / "report.json"
-    # A pair or conversation that occurs twice, and a prompt that differs in case only from one on the other side.
-    flags = write(stage, GOOD[stage](0), {"prompt": "WHAT IS 3?", **near(stage)})
+    # One row occurs twice, another with other weights, which makes it another; rows that fill more than half of one.
+    again = {"messages": [*conversation(0)["messages"][:3], answer("Nothing.", weight=1)]}
+    flags = write(stage, GOOD[stage](0), *([again] if stage == "sft" else ()), *(long(stage, i) for i in range(9)))
     assert main([*flags, "--validate", f"--out={out}", "--tokens_per_second=96"]) == 0
     report = json.loads(out.read_text())
     data = make_data(source="jsonl", path=str(tmp_path / "rows.jsonl"), heldout_fraction=0.2)
@@ -139,21 +140,24 @@ def test_counts_are_those_of_the_corpus_and_its_batches(write, stage, tmp_path, 
     assert run["trained_tokens"] == pytest.approx(trained, rel=0.05)
 
 
-def near(stage):
-    return {"completion": "A number."} if stage == "sft" else {"chosen": "A number.", "rejected": "None."}
+def long(stage, i):
+    """A row with one long answer."""
+    keys = ("completion",) if stage == "sft" else ("chosen", "rejected")
+    return {"prompt": f"Long {i}?"} | dict(zip(keys, ("x" * (30 + i), "")[: len(keys)])) | {keys[-1]: "y" * (20 + i)}
 
 
 def test_prompts_and_turns(write, tmp_path):
     out = tmp_path / "report.json"
-    spellings = ["What is 1?", "what is 1?", "WHAT IS 1?", "What  is 1?", "What is 1? ", "WHAT is 1?", "what IS 1?"]
-    rows = [{"prompt": spelling, "completion": str(i)} for i, spelling in enumerate(spellings)]
+    cases = ["What is 1?", "what is 1?", "WHAT IS 1?", "WHAT is 1?", "what IS 1?", "What IS 1?"]
+    spaces = ["What is 2?", "What  is 2?", "What is  2?", "What  is  2?", " What is 2?", "What is 2? "]
+    rows = [{"prompt": spelling, "completion": str(i)} for i, spelling in enumerate(cases + spaces)]
     assert main([*write("sft", *rows, good=6), "--validate", f"--out={out}", "--config.data.heldout_fraction=0.5"]) == 0
     report = json.loads(out.read_text())
-    assert report["prompts"]["train"] + report["prompts"]["heldout"] == 6 + len(spellings) - 1
+    assert report["prompts"]["train"] + report["prompts"]["heldout"] == 6 + len(rows) - 2
     assert report["prompts"]["both"] == 0
-    assert report["prompts"]["nearly_both"] == 1
+    assert report["prompts"]["nearly_both"] == 2
     splits = [report["sources"]["jsonl"][side] for side in ("train", "heldout")]
-    assert sum(split["turns"] for split in splits) == 2 * (6 + len(spellings)) + 2 * 2
+    assert sum(split["turns"] for split in splits) == 2 * (6 + len(rows)) + 2 * 2
 
 
 def test_prompts_that_read_the_same_on_both_sides_are_found(write, tmp_path, monkeypatch):
@@ -281,6 +285,7 @@ MENDED = [  # stage, the row, what it becomes, the rules
     ),
     ("sft", b'\xef\xbb\xbf{"prompt": "Q", "completion": "A"}', {"prompt": "Q", "completion": "A"}, ["bom"]),
     ("sft", {"messages": [user("Q"), user("R"), answer("A")]}, {"messages": [user("Q"), user("R"), answer("A")]}, []),
+    ("sft", *[{"messages": [user("Q") | {"from": "human", "value": "R"}, answer("A")]}] * 2, []),
     ("dpo", pair(1), pair(1), []),
 ]
 LEFT_OUT = [  # what no rule mends
@@ -354,9 +359,11 @@ def test_mending_twice_is_mending_once():
             assert json.dumps(row) == kept
 
 
-def test_tables_are_corrected_too(write, tmp_path):
+def test_tables_are_corrected_too(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(corrected, "TICK_BYTES", 1)  # a part for every row group
     turns = [*SHAREGPT, {"from": "human", "value": "R"}]
-    table = pyarrow.table({"conversations": [turns] * 30 + [None], "score": [0.5] * 31})
+    ours = [user("Q"), answer("A")]  # in one column, so that every message has four keys
+    table = pyarrow.table({"conversations": [turns] * 20 + [ours] * 10 + [None], "score": [0.5] * 31})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=7)
     flags = write("sft", **{"data.source": "parquet", "data.path": tmp_path / "a.parquet"})
     copy, out = tmp_path / "copy.jsonl", tmp_path / "report.json"
