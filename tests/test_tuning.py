@@ -6,21 +6,22 @@ import shutil
 import numpy as np
 import pytest
 
-from mixtral_jax import reference, trainer
+from mixtral_jax import evals, reference, trainer
 from mixtral_jax.checkpoint import Checkpoints
 from mixtral_jax.config import UserError
 from mixtral_jax.jsonl import read_jsonl
 from mixtral_jax.load import load
 from mixtral_jax.sharding import named_leaves
-from tests.processes import logged
+from tests.helpers import tiny
+from tests.processes import logged, write_corpus
 
-CHAT = dict(train__seq_len=64, train__steps=4, data__source="jsonl", data__heldout_fraction=0.3)
 LORA = dict(lora__rank=2, lora__alpha=4.0)
 
 
-@pytest.fixture
-def tune(fit, tmp_path):
-    """Returns a function that trains a stage from the run `base` on rows of its own."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pretraining run, `base`, and the rows to tune it on; what is trained from it by several tests is trained once."""
+    tmp_path = tmp_path_factory.mktemp("tuning")
     words = ["red", "blue", "green", "grey"]
     rows = [(f"Say {words[i % 4]} {i}.", words[i % 4], words[(i + 1) % 4]) for i in range(60)]
     with open(tmp_path / "sft.jsonl", "w") as file:
@@ -30,11 +31,37 @@ def tune(fit, tmp_path):
     with open(tmp_path / "dpo.jsonl", "w") as file:
         for question, right, wrong in rows:
             file.write(json.dumps({"prompt": question, "chosen": right, "rejected": wrong}) + "\n")
-    fit("base", train__seq_len=64)
+    write_corpus(tmp_path / "corpus", 20)
+    fit_in(tmp_path, "base", data__path=str(tmp_path / "corpus"), data__source="text", train__steps=1)
+    return tmp_path
+
+
+def fit_in(folder, name, **changes):
+    """Trains a tiny run in a folder, in this process."""
+    settings = dict(
+        data__cache_dir=str(folder / "cache"),
+        data__heldout_fraction=0.3,
+        model__num_layers=1,
+        model__vocab_size=320,
+        train__seq_len=64,
+        train__steps=4,
+        train__checkpoint_every=2,
+        train__eval_every=0,
+        train__sample_every=0,
+        train__log_every=1,
+        optim__warmup_steps=1,
+        mesh__data=-1,
+    )
+    return trainer.fit(tiny(**settings | changes), folder / name, evals.heldout, evals.baselines)
+
+
+@pytest.fixture
+def tune(folder):
+    """Returns a function that trains a stage from the run `base`."""
 
     def run(name, stage, **changes):
-        data = dict(train__stage=stage, data__path=str(tmp_path / f"{stage}.jsonl"))
-        return fit(name, **CHAT | data | dict(train__init_from=str(tmp_path / "base")) | changes)
+        data = dict(train__stage=stage, data__source="jsonl", data__path=str(folder / f"{stage}.jsonl"))
+        return fit_in(folder, name, **data | dict(train__init_from=str(folder / "base")) | changes)
 
     return run
 
@@ -72,18 +99,18 @@ def stop_after(monkeypatch, step: int):
     ],
     ids=["sft", "dpo-lora", "dpo-on-the-fly"],
 )
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(tune, tmp_path, monkeypatch, stage, changes):
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(tune, folder, monkeypatch, stage, changes):
     tune("straight", stage, **changes)
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
         with pytest.raises(KeyboardInterrupt):
             tune("stopped", stage, **changes)
     tune("stopped", stage, **changes)
-    assert logged(tmp_path / "stopped") == logged(tmp_path / "straight")
-    assert stored(tmp_path / "stopped")["arrays"] == stored(tmp_path / "straight")["arrays"], "the fingerprints of all"
+    assert logged(folder / "stopped") == logged(folder / "straight")
+    assert stored(folder / "stopped")["arrays"] == stored(folder / "straight")["arrays"], "the fingerprints of all"
 
 
-def test_where_the_reference_comes_from_changes_nothing(tune, tmp_path, capfd):
+def test_where_the_reference_comes_from_changes_nothing(tune, folder, capfd):
     """Precomputed or on the fly: the same batches in the same order and the same losses; the cache serves the next run."""
     tune("stored", "dpo")
     assert "computing the reference's log-probabilities of" in capfd.readouterr().err
@@ -92,7 +119,7 @@ def test_where_the_reference_comes_from_changes_nothing(tune, tmp_path, capfd):
     err = capfd.readouterr().err
     assert "computing" not in err
     assert "reference log-probabilities of" in err
-    a, b = logged(tmp_path / "stored"), logged(tmp_path / "fly")
+    a, b = logged(folder / "stored"), logged(folder / "fly")
     for x, y in zip(a, b, strict=True):
         assert x["tokens"] == y["tokens"]
         for name in ("preference_loss", "rewards/margins", "logps/chosen", "gradient_norm"):
@@ -102,21 +129,21 @@ def test_where_the_reference_comes_from_changes_nothing(tune, tmp_path, capfd):
     assert a[-1]["rewards/margins"] != 0
 
 
-def test_the_reference_is_the_same_after_training(tune, tmp_path):
-    before = weights(tmp_path / "base")
+def test_the_reference_is_the_same_after_training(tune, folder):
+    before = weights(folder / "base")
     tune("dpo", "dpo", optim__learning_rate=1e-2, dpo__reference="on_the_fly")
-    after, trained = weights(tmp_path / "base"), weights(tmp_path / "dpo")
+    after, trained = weights(folder / "base"), weights(folder / "dpo")
     assert all((before[name] == after[name]).all() for name in before)
     assert any((before[name] != trained[name]).any() for name in before)
-    noted = [stored(tmp_path / "dpo", step)["frozen"] for step in (2, 4)]
+    noted = [stored(folder / "dpo", step)["frozen"] for step in (2, 4)]
     assert noted[0] == noted[1]
-    assert noted[0]["source"] == str(tmp_path / "base")
+    assert noted[0]["source"] == str(folder / "base")
 
 
-def test_a_reference_that_was_interrupted_goes_on(tune, tmp_path, monkeypatch, capfd):
+def test_a_reference_that_was_interrupted_goes_on(tune, folder, monkeypatch, capfd):
     """Killed after its second batch, it begins with the third, and the result is that of one go."""
     tune("straight", "dpo")
-    shutil.rmtree(tmp_path / "cache" / "reference")
+    shutil.rmtree(folder / "cache" / "reference")
     monkeypatch.setattr(reference, "SAVE_SECONDS", 0.0)
     place, seen = reference.place, []
 
@@ -134,47 +161,49 @@ def test_a_reference_that_was_interrupted_goes_on(tune, tmp_path, monkeypatch, c
     capfd.readouterr()
     tune("stopped", "dpo", **changes)
     assert "once, from batch 2 on ..." in capfd.readouterr().err
-    (partial,) = {path.name for path in (tmp_path / "cache" / "reference").glob("*.partial.npz")} or {None}
+    (partial,) = {path.name for path in (folder / "cache" / "reference").glob("*.partial.npz")} or {None}
     assert partial is None
-    first = [np.load(path) for path in sorted((tmp_path / "cache" / "reference").glob("*/log_probs.npy"))]
-    shutil.rmtree(tmp_path / "cache" / "reference")
+    first = [np.load(path) for path in sorted((folder / "cache" / "reference").glob("*/log_probs.npy"))]
+    shutil.rmtree(folder / "cache" / "reference")
     tune("once", "dpo", **changes)
-    second = [np.load(path) for path in sorted((tmp_path / "cache" / "reference").glob("*/log_probs.npy"))]
+    second = [np.load(path) for path in sorted((folder / "cache" / "reference").glob("*/log_probs.npy"))]
     assert len(first) == 2
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b)
         assert (a < 0).all(), "every pair has its log-probabilities"
 
 
-def test_weights_that_changed_since_are_refused(tune, fit, tmp_path):
-    tune("lora", "sft", **LORA)
-    shutil.rmtree(tmp_path / "base")
-    fit("base", train__seq_len=64, train__seed=5)
-    with pytest.raises(UserError, match=r"holds other weights than this run began with .*arrays differ, "):
-        tune("lora", "sft", **LORA, train__steps=6)
+def test_weights_that_changed_since_are_refused(tune, folder):
+    changes = dict(train__init_from=str(folder / "moving"), train__steps=1, train__checkpoint_every=1)
+    shutil.copytree(folder / "base", folder / "moving")
+    tune("held", "sft", **LORA | changes)
+    shutil.rmtree(folder / "moving")
+    shutil.copytree(folder / "sft", folder / "moving")
+    with pytest.raises(UserError, match=r"(?s)other weights than this run began with .* arrays differ"):
+        tune("held", "sft", **LORA | changes | dict(train__steps=2))
 
 
-def test_frozen_routers_stay(tune, tmp_path):
+def test_frozen_routers_stay(tune, folder):
     tune("sft", "sft", optim__freeze_router=True, optim__weight_decay=0.5)
-    before, after = weights(tmp_path / "base"), weights(tmp_path / "sft")
+    before, after = weights(folder / "base"), weights(folder / "sft")
     moved = {name for name in before if (before[name] != after[name]).any()}
     assert moved == set(before) - {"layers.w_router_DE"}
 
 
-def test_lora_trains_adapters_only_and_stores_nothing_else(tune, tmp_path):
+def test_lora_trains_adapters_only_and_stores_nothing_else(tune, folder):
     tune("lora", "sft", **LORA)
-    arrays = stored(tmp_path / "lora")["arrays"]
+    arrays = stored(folder / "lora")["arrays"]
     assert arrays["params"]
     assert all(".lora_" in name for name in arrays["params"])
     moments = [name for name, leaf in arrays["opt_state"].items() if leaf["shape"]]
     assert moments
     assert all(".lora_" in name for name in moments)
-    before, after = weights(tmp_path / "base"), weights(tmp_path / "lora")
+    before, after = weights(folder / "base"), weights(folder / "lora")
     moved = {name.rpartition(".")[2] for name in before if (before[name] != after[name]).any()}
     assert moved == {"w_q_DNH", "w_k_DGH", "w_v_DGH", "w_o_NHD", "w_gate_EDF", "w_up_EDF", "w_down_EFD"}, "merged"
 
 
-def test_answers_are_shown_before_during_and_after(tune, tmp_path):
+def test_answers_are_shown_before_during_and_after(tune, folder):
     tune(
         "sft",
         "sft",
@@ -183,21 +212,21 @@ def test_answers_are_shown_before_during_and_after(tune, tmp_path):
         train__sample_prompts=("Say red 0.", "Say blue 1."),
         train__sample_tokens=4,
     )
-    lines = read_jsonl(tmp_path / "sft" / "metrics.jsonl")
+    lines = read_jsonl(folder / "sft" / "metrics.jsonl")
     samples = [(line["step"], line["number"]) for line in lines if line["kind"] == "sample"]
     assert samples == [(0, 1), (0, 2), (2, 1), (2, 2), (4, 1), (4, 2)]
     assert [line["step"] for line in lines if line["kind"] == "heldout"] == [0, 2, 4]
-    assert (tmp_path / "sft" / "report.png").stat().st_size > 10_000
+    assert (folder / "sft" / "report.png").stat().st_size > 10_000
 
 
-def test_tuning_without_weights_to_start_from_is_said(fit, tune, tmp_path, capfd):
+def test_tuning_without_weights_to_start_from_is_said(tune, capfd):
     tune("random", "sft", train__init_from="", train__steps=1)
     assert "WARNING: train.init_from is empty, so this tunes random weights" in capfd.readouterr().err
 
 
 def test_another_stage_in_the_same_workdir_is_refused(tune):
     tune("run", "sft")
-    with pytest.raises(UserError, match="train.stage: checkpoint sft, now dpo"):
+    with pytest.raises(UserError, match=r"train.stage: checkpoint sft, now dpo"):
         tune("run", "dpo")
     with pytest.raises(UserError, match=r"lora.rank: checkpoint None, now 2"):
         tune("run", "sft", **LORA)
