@@ -12,6 +12,7 @@ LAYERS = [
     | {
         "clusters",
         "mirror",
+        "frozen",
         "distributed",
         "last_words",
         "watch",
