@@ -22,6 +22,7 @@ LAYERS = [
         "timing",
         "profile",
         "memory",
+        "saving",
         "compilation_cache",
         "interrupt",
     },
