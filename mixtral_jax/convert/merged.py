@@ -69,13 +69,17 @@ class Merged:
     def block(self, name: str, block: Block) -> np.ndarray:
         """Reads a block and merges it."""
         values = self._base.block(name, block)
-        held = values.astype("float32" if name.rpartition(".")[2] in FLOAT32 else self.config.model.dtype)
+        kind = "float32" if name.rpartition(".")[2] in FLOAT32 else self.config.model.dtype
+        held = values.astype(kind, copy=False)
         self._note(name, block, held)
         if name not in self._pairs:
             return values
         with explained(self.where):
             a, b = (self._factor(f"layers.{factor}", name, block) for factor in self._pairs[name])
-        return held.astype(np.float32) + np.float32(lora.scale(self.config.lora)) * np.tensordot(a, b, axes=1)
+        merged = np.tensordot(a, b, axes=1)  # in place from here: blocks are large, and several are in flight
+        merged *= np.float32(lora.scale(self.config.lora))
+        merged += held
+        return merged
 
     def _factor(self, factor: str, name: str, block: Block) -> np.ndarray:
         """The part of A or B that a block of W needs: the same layer, expert and range, where it has that letter."""
