@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from mixtral_jax import distributed, frozen, metrics, mirror
+from mixtral_jax import distributed, frozen, lora_base, metrics, mirror
 from mixtral_jax.checkpoint import Checkpoints, SaveError
 from mixtral_jax.config import Config, RunError, UserError
 from mixtral_jax.data import Corpus, load_tokenizer
@@ -210,12 +210,12 @@ def _frozen(config: Config, mesh, found, corpus: Corpus, note: Callable):
     def weights():
         if not kept:
             kept.append(frozen.weights(config, mesh))
-            frozen.check(config, meta, frozen.describe(config, kept[0]))
+            frozen.check(config, meta, lora_base.record(config, kept[0]))
         return kept[0]
 
     with jax.set_mesh(mesh):
         stays = weights() if frozen.stays(config) or meta is None else None
-        meta = meta or frozen.describe(config, stays)
+        meta = meta or lora_base.record(config, stays)
         reference = None
         if frozen.has_reference(config) and config.dpo.reference == "precomputed":
             reference = open_reference(config, corpus, meta["fingerprints"], weights, mesh, note)
