@@ -306,7 +306,8 @@ def test_a_lora_run_is_loaded_merged_on_any_mesh(tmp_path):
     np.testing.assert_array_equal(held["head_DV"], reference.weights(SHAPE)["head_DV"])
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_later_stage_starts_from_a_lora_runs_weights(tmp_path, dtype):
     """restore_weights is what train.init_from calls; here of a LoRA run whose base is a LoRA run, in two dtypes."""
     folder = source(tmp_path / "hf", "huggingface")

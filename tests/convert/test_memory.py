@@ -67,7 +67,8 @@ def test_memory_stays_bounded_where_adapters_are_merged(tmp_path):
     total = synthetic(tmp_path / "hf", 1.6, "bfloat16")
     watched(CONVERT, "import", f"--from={tmp_path / 'hf'}", f"--to={tmp_path / 'base'}")
     lora_run(tmp_path / "run", tmp_path / "base")
-    for command, target in (("export", "out"), ("merge", "merged")):
+    # What merge writes is float32, so that its blocks and what compresses them are twice as large as bfloat16's.
+    for command, target, limit in (("export", "out", LIMIT), ("merge", "merged", 1_000_000_000)):
         peak, _, _ = watched(CONVERT, command, f"--from={tmp_path / 'run'}", f"--to={tmp_path / target}")
         print(f"{command}: {total / 1e9:.2f} GB, peak {peak / 1e6:.0f} MB")
-        assert peak < LIMIT, f"{command} took {peak / 1e6:.0f} MB"
+        assert peak < limit, f"{command} took {peak / 1e6:.0f} MB"
