@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from mixtral_jax import distributed, frozen, lora_base, metrics, mirror
+from mixtral_jax import distributed, frozen, lora_base, metrics, mirror, saving
 from mixtral_jax.checkpoint import Checkpoints, SaveError
 from mixtral_jax.config import Config, RunError, UserError
 from mixtral_jax.data import Corpus, load_tokenizer
@@ -160,6 +160,8 @@ def start(config: Config, workdir: Path, make_heldout: Callable, public: str | P
         progress.note(f"  together   {distributed.process_count()} processes, {jax.local_device_count()} devices each")
     for line in notes:
         progress.note(line)
+    if config.lora.rank:
+        progress.note(saving.text(config))
     frozen_weights, frozen_meta, reference = _frozen(config, mesh, found, corpus, progress.note)
     batches = stage.batches(config, corpus, tokenizer)
     resume_step = -1 if found.step is None else found.step

@@ -22,7 +22,7 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     """The 95% confidence interval of a share of n independent trials (Wilson, 1927)."""
     centre, spread = share + Z95**2 / (2 * n), Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
     scale = 1 + Z95**2 / n
-    return (centre - spread) / scale, (centre + spread) / scale
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
 class Preference:
