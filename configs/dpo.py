@@ -5,9 +5,9 @@
         --config.data.source=jsonl --config.data.path='pairs/*.jsonl'
     python train.py --config=configs/dpo.py:lora --workdir=runs/dpo-lora --config.train.init_from=runs/sft
 
-Without --config.data.path it reads UltraFeedback's binarized pairs, 61,135 of them, from the hub. Values: beta 0.1, learning
-rate 5e-7 and 10% warm-up are Zephyr's (arXiv 2310.16944, section 4.2) and Tulu 2's (arXiv 2311.10702, appendix A), whose
-batch is 32 pairs. A batch here is rows, and a row of 4,096 holds about 4 of these pairs: 16 rows are about 64 pairs, so a
+Without --config.data.path it reads UltraFeedback's binarized pairs from the hub, some 60,000. Values: beta 0.1, learning rate
+5e-7, 10% warm-up and no weight decay are Zephyr's (arXiv 2310.16944, section 4) and Tulu 2's (arXiv 2311.10702), whose batch
+is 32 pairs and whose decay is linear. A batch here is rows, and a row of 4,096 holds about 4 of these pairs: 16 rows are about 64 pairs, so a
 step sees a little more and an epoch has about 950 steps. Both are estimates; `--validate` counts them. LoRA: 5e-6, ten
 times the full learning rate. The reference's log-probabilities are computed once before the first step and kept in
 data.cache_dir. Mesh: a copy of the model on 16 chips. Result: not yet measured.

@@ -5,11 +5,10 @@
         --config.data.source=jsonl --config.data.path='chats/*.jsonl'
     python train.py --config=configs/sft.py:lora --workdir=runs/sft-lora --config.train.init_from=hf:Mixtral-8x7B-v0.1
 
-Without --config.data.path it reads UltraChat 200k, 207,865 conversations, from the hub. Values: AdamW, cosine, learning rate
-2e-5 and 10% warm-up are Zephyr's (arXiv 2310.16944, section 4.2: 1 to 3 epochs); Tulu 2 has 2e-5 and 2 epochs too
-(arXiv 2311.10702, appendix A). No weight decay, as both. The router terms stay on with a smaller weight: without them a
-few thousand steps on narrow data can undo the balance. LoRA: rank 64 is mistral-finetune's, 1e-4 five times the full
-learning rate (LoRA: arXiv 2106.09685, appendix D). Steps: about one epoch of UltraChat packed into rows of 4,096, which is
+Without --config.data.path it reads UltraChat 200k from the hub, some 200,000 conversations. Values: AdamW without weight
+decay, cosine, learning rate 2e-5, 10% warm-up and 1 to 3 epochs are Zephyr's (arXiv 2310.16944, section 4); Tulu 2 has 2e-5
+and 2 epochs (arXiv 2311.10702). The router terms stay on with half of pretraining's weight: the balance that pretraining
+has made is kept and not forced. LoRA: rank 64 is mistral-finetune's, the learning rate five times the full one. Steps: about one epoch of UltraChat packed into rows of 4,096, which is
 an estimate; `--validate` counts it. Mesh: a copy of the model on 64 chips, as pretraining. Result: not yet measured.
 """
 
