@@ -178,14 +178,19 @@ def stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     return load_tokenizer(str(path), "")
 
 
-def stored_corpus(checkpoint: Checkpoint) -> str | None:
-    """The key of the corpus that a checkpoint was trained on; None if it was imported or is another's."""
+def stored_meta(checkpoint: Checkpoint) -> dict:
+    """What a checkpoint notes beside its arrays (interlude.save); nothing of one that is another's."""
     if checkpoint.step is None:
-        return None
+        return {}
     checkpoints = Checkpoints(checkpoint.folder)
     meta = checkpoints.meta(checkpoint.step)
     checkpoints.close()
-    return meta["identity"]["corpus"] if "identity" in meta else None
+    return meta
+
+
+def stored_corpus(checkpoint: Checkpoint) -> str | None:
+    """The key of the corpus that a checkpoint was trained on; None if it was imported or is another's."""
+    return stored_meta(checkpoint).get("identity", {}).get("corpus")
 
 
 def _resolved(checkpoint: str | Checkpoint) -> Checkpoint:
