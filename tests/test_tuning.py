@@ -9,6 +9,7 @@ import pytest
 from mixtral_jax import evals, reference, trainer
 from mixtral_jax.checkpoint import Checkpoints
 from mixtral_jax.config import UserError
+from mixtral_jax.fingerprint import fingerprints
 from mixtral_jax.jsonl import read_jsonl
 from mixtral_jax.load import load
 from mixtral_jax.sharding import named_leaves
@@ -111,13 +112,16 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tune, folder, monkeypatch, r
     assert stored(folder / stopped)["arrays"] == stored(folder / straight)["arrays"], "the fingerprints of all"
 
 
-def test_where_the_reference_comes_from_changes_nothing(tune, folder, capfd):
+def test_where_the_reference_comes_from_changes_nothing(tune, folder, monkeypatch, capfd):
     """Precomputed or on the fly: the same batches in the same order and the same losses; and it stays what it is."""
     before = weights(folder / "base")
     shutil.rmtree(folder / "cache" / "reference", ignore_errors=True)
     tune("stored", "dpo", optim__learning_rate=1e-2)
     assert "computing the reference's log-probabilities of" in capfd.readouterr().err
+    runs, start = [], trainer.start
+    monkeypatch.setattr(trainer, "start", lambda *a: runs.append(start(*a)) or runs[-1])
     tune("fly", "dpo", optim__learning_rate=1e-2, dpo__reference="on_the_fly")
+    assert fingerprints(runs[0].frozen) == runs[0].frozen_meta["fingerprints"], "in memory, after the last step"
     tune("stored", "dpo", optim__learning_rate=1e-2)  # finished; its start reads the reference again
     err = capfd.readouterr().err
     assert "computing" not in err
