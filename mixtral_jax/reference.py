@@ -5,6 +5,7 @@ visited in the order of the packing plan; the order of the training batches is n
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -194,6 +195,13 @@ def _compute(config: Config, file: TokenFile, model, mesh, at: Place, first: int
     return log_probs
 
 
+# Of the module, so that models of one shape are compiled once.
+@functools.partial(jax.jit, static_argnames="head_chunk")
+def _sums(model, batch: dict, head_chunk: int):
+    found = answers(model, batch, head_chunk)[0]
+    return everywhere((batch["pairs_BP"], found.chosen_BP, found.rejected_BP))
+
+
 def score_pairs(
     config: Config,
     file: TokenFile,
@@ -224,17 +232,12 @@ def score_pairs(
     start, stop = distributed.rows_here(mesh, rows)
     first, log_probs = known or (0, np.zeros((len(file.ids) // 2, 2), np.float32))
 
-    @jax.jit
-    def run(model, batch):
-        found = answers(model, batch, config.loss.head_chunk)[0]
-        return everywhere((batch["pairs_BP"], found.chosen_BP, found.rejected_BP))
-
     log_probs = log_probs.copy()
     steps = range(first, batches.n_eval_batches)
     shown = {"unit": "batch", "leave": False, "disable": None if distributed.speaks() else True}
     for k in tqdm(steps, title, initial=first, total=batches.n_eval_batches, **shown):
         batch = place(batches.eval_batch(k, start, stop), mesh, start, rows)
-        numbers_BP, chosen_BP, rejected_BP = jax.device_get(run(model, batch))
+        numbers_BP, chosen_BP, rejected_BP = jax.device_get(_sums(model, batch, config.loss.head_chunk))
         real_BP = numbers_BP > 0
         log_probs[numbers_BP[real_BP] - 1] = np.stack([chosen_BP[real_BP], rejected_BP[real_BP]], -1)
         keep(k + 1, log_probs)

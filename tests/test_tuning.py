@@ -1,20 +1,19 @@
 """SFT, DPO and LoRA as runs: what must not move does not, what is interrupted goes on, and what would be wrong is refused."""
 
-import json
 import shutil
 
 import numpy as np
 import pytest
 
-from mixtral_jax import evals, reference, trainer
+from mixtral_jax import reference, trainer
 from mixtral_jax.checkpoint import Checkpoints
 from mixtral_jax.config import UserError
 from mixtral_jax.fingerprint import fingerprints
 from mixtral_jax.jsonl import read_jsonl
 from mixtral_jax.load import load
 from mixtral_jax.sharding import named_leaves
-from tests.helpers import tiny
-from tests.processes import logged, write_corpus
+from tests.processes import logged
+from tests.tuned import prepare, tune_in
 
 LORA = dict(lora__rank=2, lora__alpha=4.0)
 
@@ -23,37 +22,8 @@ LORA = dict(lora__rank=2, lora__alpha=4.0)
 def folder(tmp_path_factory):
     """A pretraining run, `base`, and the rows to tune it on; what is trained from it by several tests is trained once."""
     tmp_path = tmp_path_factory.mktemp("tuning")
-    words = ["red", "blue", "green", "grey"]
-    rows = [(f"Say {words[i % 4]} {i}.", words[i % 4], words[(i + 1) % 4]) for i in range(60)]
-    with open(tmp_path / "sft.jsonl", "w") as file:
-        for question, right, _ in rows:
-            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": right}]
-            file.write(json.dumps({"messages": messages}) + "\n")
-    with open(tmp_path / "dpo.jsonl", "w") as file:
-        for question, right, wrong in rows:
-            file.write(json.dumps({"prompt": question, "chosen": right, "rejected": wrong}) + "\n")
-    write_corpus(tmp_path / "corpus", 20)
-    fit_in(tmp_path, "base", data__path=str(tmp_path / "corpus"), data__source="text", train__steps=1)
+    prepare(tmp_path)
     return tmp_path
-
-
-def fit_in(folder, name, **changes):
-    """Trains a tiny run in a folder, in this process."""
-    settings = dict(
-        data__cache_dir=str(folder / "cache"),
-        data__heldout_fraction=0.3,
-        model__num_layers=1,
-        model__vocab_size=320,
-        train__seq_len=64,
-        train__steps=4,
-        train__checkpoint_every=2,
-        train__eval_every=0,
-        train__sample_every=0,
-        train__log_every=1,
-        optim__warmup_steps=1,
-        mesh__data=-1,
-    )
-    return trainer.fit(tiny(**settings | changes), folder / name, evals.heldout, evals.baselines)
 
 
 @pytest.fixture
@@ -61,8 +31,7 @@ def tune(folder):
     """Returns a function that trains a stage from the run `base`."""
 
     def run(name, stage, **changes):
-        data = dict(train__stage=stage, data__source="jsonl", data__path=str(folder / f"{stage}.jsonl"))
-        return fit_in(folder, name, **data | dict(train__init_from=str(folder / "base")) | changes)
+        return tune_in(folder, name, stage, **changes)
 
     return run
 

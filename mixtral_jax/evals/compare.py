@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -74,10 +75,10 @@ def compare(specs: Sequence[str], out: str, questions: int = 5, step: str | None
     _require_alike(entrants, last, tokenizer)
     folder = output_folder(out)
     heldout = _open(entrants, last, tokenizer, questions)
-    results, texts = {}, []
+    results, texts, scorers = {}, [], {}
     for i, entrant in enumerate(entrants, 1):
         logger.info("%d of %d: %s", i, len(entrants), entrant.checkpoint)
-        found, answers = _measure(entrant, heldout, tokenizer)
+        found, answers = _measure(entrant, heldout, tokenizer, scorers)
         results[entrant.name] = found
         texts.append(answers)
     report = {
@@ -171,27 +172,30 @@ def _open(entrants: Sequence[Entrant], last: Entrant, tokenizer, count: int) -> 
     return Heldout(config, last.name, answers, pairs, asked)
 
 
-def _measure(entrant: Entrant, heldout: Heldout, tokenizer) -> tuple[dict, list[str]]:
-    """Returns a model's results, and its answers to the questions."""
-    config, model, mesh = load(entrant.checkpoint)
-    config, rows = merged(config), heldout.config
-    config = dataclasses.replace(
-        config,
-        train=dataclasses.replace(config.train, seq_len=rows.train.seq_len),
-        data=rows.data,
-    )
+def _measure(
+    entrant: Entrant, heldout: Heldout, tokenizer, scorers: dict[Config, Perplexity]
+) -> tuple[dict, list[str]]:
+    """Returns a model's results, and its answers to the questions; scorers are kept, for models of one shape are compiled once."""
+    own, model, mesh = load(entrant.checkpoint)
+    last = heldout.config
+    train = dataclasses.replace(last.train, batch_size=own.train.batch_size, accumulation_steps=1)
+    config = dataclasses.replace(merged(last), model=own.model, mesh=own.mesh, train=train)
+    if config not in scorers:
+        scorers[config] = Perplexity(config, heldout.answers)
     with jax.set_mesh(mesh):
-        results = {"answers": Perplexity(config, heldout.answers)(model)}
+        results = {"answers": scorers[config](model)}
         if heldout.pairs is not None:
             pairs = heldout.pairs.heldout
             log_probs, tokens = score_pairs(config, pairs, model, mesh, "held-out pairs"), answer_tokens(pairs)
             results["pairs"] = likelihood_ranking(log_probs, tokens)
         texts = _answers(model, tokenizer, heldout)
-        if heldout.pairs is not None and config.train.stage == "dpo":
+        if heldout.pairs is not None and own.train.stage == "dpo":
             del model  # the reference may have to be loaded
-            meta = stored_meta(entrant.checkpoint)
-            reference = heldout_reference(config, heldout.pairs, meta, mesh, logger.info)
-            results["preference"] = reward_ranking(config.dpo, log_probs, tokens, reference)
+            # Its reference and its loss, on the rows that are compared.
+            started = dataclasses.replace(train, stage="dpo", init_from=own.train.init_from, seed=own.train.seed)
+            config = dataclasses.replace(config, train=started, dpo=own.dpo)
+            reference = heldout_reference(config, heldout.pairs, stored_meta(entrant.checkpoint), mesh, logger.info)
+            results["preference"] = reward_ranking(own.dpo, log_probs, tokens, reference)
     return results, texts
 
 
@@ -255,7 +259,11 @@ def _write(report: dict, folder: Path) -> None:
     try:
         (folder / "comparison.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
         (folder / "comparison.md").write_text(compare_report.markdown(report), "utf-8")
-        compare_report.draw(report).savefig(folder / "comparison.png", dpi=110, metadata={"Software": "mixtral_jax"})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # an answer may hold any character
+            compare_report.draw(report).savefig(
+                folder / "comparison.png", dpi=110, metadata={"Software": "mixtral_jax"}
+            )
     except OSError as error:
         raise UserError(f"--out={folder} cannot be written: {error}") from error
     print(compare_report.table(report))

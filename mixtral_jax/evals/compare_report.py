@@ -171,7 +171,8 @@ def _draw_rankings(axes: Axes, names: Sequence[str], results: Sequence[dict]) ->
         values = np.array([[results[i][part][f"{metric}{end}"] for end in ("", "_low", "_high")] for i in places])
         x, (mean, low, high) = np.array(places) + (j - (len(there) - 1) / 2) * width, values.T
         bars = {"width": 0.92 * width, "color": color, "label": label, "ecolor": INK, "capsize": 4}
-        axes.bar(x, mean, yerr=[mean - low, high - mean], **bars)
+        # Lists: of arrays of length 1 matplotlib warns.
+        axes.bar(x, mean, yerr=[(mean - low).tolist(), (high - mean).tolist()], **bars)
         for at, value, top in zip(x, mean, high):
             said = f"{value:.1%}" if size > 9 else f"{value:.0%}"
             axes.annotate(said, (at, top), (0, 3), textcoords="offset points", ha="center", fontsize=size, color=INK)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from mixtral_jax import frozen
+from mixtral_jax import frozen, lora_base
 from mixtral_jax.config import Config, DpoConfig, UserError
 from mixtral_jax.data import Batches, Corpus, TokenFile, pack_pairs
 from mixtral_jax.distributed import rows_here, speaks
@@ -56,11 +56,11 @@ def heldout_reference(config: Config, corpus: Corpus, meta: dict, mesh, note: Ca
                 raise UserError(
                     f"the reference of a DPO run is what it started from, train.init_from: {error}"
                 ) from error
-            frozen.check(config, noted, frozen.describe(config, kept[0]))
+            frozen.check(config, noted, lora_base.record(config, kept[0]))
         return kept[0]
 
     # What the checkpoint notes is enough to find the log-probabilities in the cache; the weights need not be there.
-    fingerprints = (noted or frozen.describe(config, weights()))["fingerprints"]
+    fingerprints = (noted or lora_base.record(config, weights()))["fingerprints"]
     return open_split(config, corpus, "heldout", fingerprints, weights, mesh, note)
 
 
