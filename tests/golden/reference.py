@@ -63,9 +63,9 @@ def dimensions(shape: dict) -> dict[str, tuple[int, ...]]:
     }
 
 
-def weights(shape: dict) -> dict[str, np.ndarray]:
+def weights(shape: dict, seed: int = 0) -> dict[str, np.ndarray]:
     """Random float32 weights by our names. RandomState: its stream is frozen for ever. Large enough to route sharply."""
-    rng = np.random.RandomState(0)
+    rng = np.random.RandomState(seed)
     dims = dimensions(shape)
     norm = {name: 1.0 if "norm" in name else 0.0 for name in dims}
     return {name: (norm[name] + 0.2 * rng.standard_normal(size)).astype(np.float32) for name, size in dims.items()}
