@@ -11,7 +11,7 @@ import pytest
 from mixtral_jax.config import DpoConfig
 from mixtral_jax.losses import Totals
 from mixtral_jax.models import lora, mixtral
-from mixtral_jax.preference import Answers, answers, dpo_loss, pair_losses, pair_terms
+from mixtral_jax.preference import Answers, answers, dpo_loss, log_ratio, pair_losses, pair_terms
 from mixtral_jax.reference import add_to
 from mixtral_jax.sharding import place
 from mixtral_jax.step import model_of
@@ -286,3 +286,17 @@ def test_in_bfloat16_margins_begin_at_exactly_zero_too(file):
     stored = with_reference(config, frozen, batch)
     (_, terms), _ = value_and_grads(config, params, stored)
     assert all(terms[f"rewards/{name}"] == 0 for name in ("margins", "chosen", "rejected"))
+
+
+def test_a_difference_in_the_last_bits_is_none_and_has_its_gradient():
+    """Two programs round differently: that is a tie, and no reason not to learn from the pair."""
+    sums_BP = jnp.array([[-3.0, -40.0, -300.0, -2000.0]])
+    near_BP = jnp.nextafter(sums_BP, jnp.zeros_like(sums_BP))
+    assert (log_ratio(near_BP, sums_BP) == 0).all()
+    assert (jax.grad(lambda p: log_ratio(p, sums_BP).sum())(near_BP) == 1).all()
+    off_BP = sums_BP * (1 + 1e-5)
+    np.testing.assert_array_equal(log_ratio(off_BP, sums_BP), off_BP - sums_BP)
+    policy = Answers(near_BP, sums_BP, jnp.full((1, 4), 5.0), jnp.full((1, 4), 5.0))
+    reference = Answers(sums_BP, sums_BP, jnp.full((1, 4), 5.0), jnp.full((1, 4), 5.0))
+    terms = pair_terms(policy, reference, jnp.ones((1, 4), bool), 4.0, settings())
+    assert terms["rewards/accuracies"] == 0
