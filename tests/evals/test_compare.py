@@ -400,3 +400,16 @@ def test_the_standard_library_gives_conversations_and_pairs(folder, tmp_path):
     corpus = open_chat_corpus(config.data, ByteTokenizer(), "sft", 256)
     assert found["data"]["conversations"] == len(corpus.heldout.ids)
     assert "standard library's source" in found["notes"][0]
+
+
+@pytest.mark.slow
+def test_adapters_are_evaluated_merged(folder, report):
+    """Of a DPO run of LoRA the reference is its base; both as training said at its end."""
+    lora = dict(lora__rank=2, lora__alpha=4.0, optim__learning_rate=1e-1, train__steps=2)
+    tune_in(folder, "lora", "dpo", **lora, train__init_from=str(folder / "sft"))
+    found = compare([str(folder / name) for name in ("base", "sft", "lora")], str(folder / "merged"), questions=0)
+    said = final(folder / "lora")
+    assert said["margin"] != 0
+    for name in ("loss", "margin", "accuracy"):
+        assert found["results"]["lora"]["preference"][name] == pytest.approx(said[name], rel=1e-4, abs=1e-6), name
+    assert found["results"]["sft"]["pairs"] == report["results"]["sft"]["pairs"]
