@@ -123,15 +123,7 @@ def start(config: Config, workdir: Path, make_heldout: Callable, public: str | P
     begin = time.time()
     if distributed.speaks():
         require_wandb(config)
-    with distributed.process_0_first("tokenizer"):
-        tokenizer = load_tokenizer(config.data.tokenizer, config.data.cache_dir, config.data.heldout_fraction)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids and model.vocab_size={config.model.vocab_size}; "
-            f"raise model.vocab_size to at least {tokenizer.vocab_size}"
-        )
-    with distributed.process_0_first("corpus"):
-        corpus = STAGES[train.stage].corpus(config, tokenizer)
+    tokenizer, corpus = _open_data(config)
     mesh = make_mesh(config.mesh)
     stage = STAGES[train.stage]
     optimizer = make_optimizer(config.optim, train.steps)
@@ -153,15 +145,7 @@ def start(config: Config, workdir: Path, make_heldout: Callable, public: str | P
         donate_argnums=0,
         out_shardings=(found.shardings, replicated(mesh)),
     )
-    peak, peak_source = metrics.mesh_peak_flops(mesh.devices.flat, config.model.dtype)
-    progress = Progress(train.steps, found.step or 0, log_every=train.log_every, silent=not distributed.speaks())
-    progress.note(_header(config, mesh, tokenizer, corpus, peak, peak_source))
-    if distributed.together():
-        progress.note(f"  together   {distributed.process_count()} processes, {jax.local_device_count()} devices each")
-    for line in notes:
-        progress.note(line)
-    if config.lora.rank:
-        progress.note(saving.text(config))
+    progress, peak = _announce(config, mesh, tokenizer, corpus, found, notes)
     frozen_weights, frozen_meta, reference = _frozen(config, mesh, found, corpus, progress.note)
     batches = stage.batches(config, corpus, tokenizer)
     resume_step = -1 if found.step is None else found.step
@@ -197,6 +181,39 @@ def start(config: Config, workdir: Path, make_heldout: Callable, public: str | P
             first_start(workdir / "metrics.jsonl") or time.time(), found.meta.get("productive_seconds", 0.0)
         ),
     )
+
+
+def _open_data(config: Config):
+    """Loads the tokenizer and opens the corpus; what is missing in the cache is built by process 0.
+
+    Raises:
+        UserError: the tokenizer has more ids than the model, or see stages.STAGES.
+    """
+    with distributed.process_0_first("tokenizer"):
+        tokenizer = load_tokenizer(config.data.tokenizer, config.data.cache_dir, config.data.heldout_fraction)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids and model.vocab_size={config.model.vocab_size}; "
+            f"raise model.vocab_size to at least {tokenizer.vocab_size}"
+        )
+    with distributed.process_0_first("corpus"):
+        corpus = STAGES[config.train.stage].corpus(config, tokenizer)
+    return tokenizer, corpus
+
+
+def _announce(config: Config, mesh, tokenizer, corpus: Corpus, found, notes: list[str]) -> tuple[Progress, float]:
+    """Starts the progress with the header and what there is to say; returns it and the mesh's peak in FLOP/s."""
+    train = config.train
+    peak, peak_source = metrics.mesh_peak_flops(mesh.devices.flat, config.model.dtype)
+    progress = Progress(train.steps, found.step or 0, log_every=train.log_every, silent=not distributed.speaks())
+    progress.note(_header(config, mesh, tokenizer, corpus, peak, peak_source))
+    if distributed.together():
+        progress.note(f"  together   {distributed.process_count()} processes, {jax.local_device_count()} devices each")
+    for line in notes:
+        progress.note(line)
+    if config.lora.rank:
+        progress.note(saving.text(config))
+    return progress, peak
 
 
 def _frozen(config: Config, mesh, found, corpus: Corpus, note: Callable):
