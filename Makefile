@@ -1,7 +1,7 @@
 # The two commands of the README: `make demo` and `make test`. Everything lives in .venv and runs/.
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
-# make demo STEPS=40 is the short form.
+# make demo STEPS=40 is the short form; SFT takes as many steps, DPO three quarters.
 STEPS ?= 400
 
 .PHONY: venv demo test test-all parity lint benchmark clean
@@ -29,8 +29,13 @@ venv: .venv/installed
 
 demo: .venv/installed
 	rm -rf runs/demo
-	.venv/bin/python train.py --config=configs/tiny.py:steps=$(STEPS) --workdir=runs/demo
-	@echo "Look at runs/demo/report.png; the metrics are in runs/demo/metrics.jsonl."
+	.venv/bin/python train.py --config=configs/tiny.py:steps=$(STEPS) --workdir=runs/demo/pretrain
+	.venv/bin/python train.py --config=configs/tiny.py:stage=sft,steps=$(STEPS) --workdir=runs/demo/sft \
+	  --config.train.init_from=runs/demo/pretrain
+	.venv/bin/python train.py --config=configs/tiny.py:stage=dpo,steps=$(shell expr $(STEPS) \* 3 / 4) --workdir=runs/demo/dpo \
+	  --config.train.init_from=runs/demo/sft
+	.venv/bin/python eval.py --compare runs/demo/pretrain runs/demo/sft runs/demo/dpo --out=runs/demo/comparison
+	@echo "Look at runs/demo/comparison/comparison.png and the report.png of runs/demo/pretrain, sft and dpo."
 
 test: .venv/installed-dev
 	.venv/bin/python -m pytest

@@ -191,4 +191,10 @@ def shrink(c: ConfigDict) -> ConfigDict:
         sample_tokens=16,
         checkpoint_every=10,
     )
+    if c.train.stage != "pretrain":
+        # A conversation or a pair is not cut: its bytes, a token each, must have room.
+        c.model.update(max_seq_len=1024)
+        c.train.update(batch_size=8, seq_len={"sft": 512, "dpo": 1024}[c.train.stage])
+        c.data.update(heldout_fraction=0.02)
+        c.lora.update(rank=min(c.lora.rank, 4))
     return c

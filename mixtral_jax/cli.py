@@ -18,6 +18,8 @@ from mixtral_jax.progress import messages
 # What is defined here belongs to the program that asks for it: its --help shows it.
 flags.disclaim_key_flags()
 
+_SEVERAL: set[str] = set()  # flags of several values
+
 
 def define_config_flag():
     """Defines `--config=FILE[:argument]` and, through it, `--config.group.key=value`."""
@@ -36,6 +38,26 @@ def define_process_flags() -> None:
     )
     flags.DEFINE_integer("processes", None, "How many processes work as one.")
     flags.DEFINE_integer("process_id", None, "The number of this process, from 0.")
+
+
+def define_several(name: str, help: str):
+    """Defines a flag of several values, `--name A B C`, `--name=A --name=B` or a mixture of both; a list, or None."""
+    _SEVERAL.add(name)
+    return flags.DEFINE_multi_string(name, None, help)
+
+
+def spelled_out(arguments: list[str], several: set[str]) -> list[str]:
+    """Returns a command line in which every value of a flag of several values has the flag in front of it."""
+    found, current = [], None
+    for argument in arguments:
+        name, equals, _ = argument.lstrip("-").partition("=")
+        if argument.startswith("-"):
+            current = name if name in several else None
+            if current is None or equals:
+                found.append(argument)
+        else:
+            found.append(argument if current is None else f"--{current}={argument}")
+    return found
 
 
 def join_processes() -> None:
@@ -152,7 +174,7 @@ def _unknown(name: str) -> str:
 
 def _parse() -> None:
     try:
-        rest = flags.FLAGS(sys.argv)
+        rest = flags.FLAGS(spelled_out(sys.argv, _SEVERAL))
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
         # A config file is a program: whatever it raises while it is read is about what the user asked for.
         # config_flags puts the whole stack trace into its message; its last line is what a person needs.

@@ -6,11 +6,11 @@ fingerprints: a resume that would go on with other ones is refused.
 
 import jax
 
-from mixtral_jax import load
+from mixtral_jax import load, lora_base
 from mixtral_jax.config import Config, UserError
-from mixtral_jax.fingerprint import fingerprints
 from mixtral_jax.models import lora, mixtral
 from mixtral_jax.preference import REFERENCE_FREE
+from mixtral_jax.resolve import resolve_checkpoint
 from mixtral_jax.sharding import tree_shardings
 
 
@@ -48,23 +48,19 @@ def weights(config: Config, mesh) -> mixtral.Mixtral:
     return build(jax.random.key(config.train.seed))
 
 
-def describe(config: Config, model: mixtral.Mixtral) -> dict:
-    """What a checkpoint notes of the frozen weights."""
-    return {"source": config.train.init_from, "fingerprints": fingerprints(model)}
-
-
 def check(config: Config, noted: dict | None, now: dict) -> None:
-    """Compares the frozen weights with those that a checkpoint was trained on.
+    """Compares the frozen weights with those that a checkpoint was trained on; both as lora_base.record describes them.
 
     Raises:
         UserError: they are other ones.
     """
-    if noted is None or noted["fingerprints"] == now["fingerprints"]:
+    if noted is None:
         return
-    theirs = noted["fingerprints"]
-    wrong = [name for name, found in now["fingerprints"].items() if theirs.get(name) != found]
-    raise UserError(
-        f"train.init_from={config.train.init_from!r} holds other weights than this run began with (from {noted['source']!r}): "
-        f"{len(wrong)} of {len(now['fingerprints'])} arrays differ, {wrong[0]} among them (then {theirs.get(wrong[0])}, now "
-        f"{now['fingerprints'][wrong[0]]}); restore that checkpoint, or name its step's folder, or begin in another workdir"
-    )
+    source = resolve_checkpoint(config.train.init_from) if config.train.init_from else None
+    wrong = lora_base.changed(source, noted, now["fingerprints"])
+    if wrong:
+        raise UserError(
+            f"train.init_from={config.train.init_from!r} holds other weights than this run began with (from {noted['source']!r}): "
+            f"{len(wrong)} arrays differ, {wrong[0]} among them; restore that checkpoint, or name its step's folder, or "
+            "begin in another workdir"
+        )

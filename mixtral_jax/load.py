@@ -3,7 +3,9 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
+from mixtral_jax import lora_base
 from mixtral_jax.checkpoint import Checkpoints, DamagedError
 from mixtral_jax.config import AXES, Config, MeshConfig, ModelConfig, UserError, from_config_dict, resolve_mesh
 from mixtral_jax.convert.foreign import Foreign
@@ -11,7 +13,7 @@ from mixtral_jax.convert.ours import Ours
 from mixtral_jax.convert.restore import restore
 from mixtral_jax.data.tokenizer import Tokenizer, load_tokenizer
 from mixtral_jax.fingerprint import fingerprints
-from mixtral_jax.models import mixtral
+from mixtral_jax.models import lora, mixtral
 from mixtral_jax.models.layers import FLOAT32
 from mixtral_jax.resolve import Checkpoint, resolve_checkpoint
 from mixtral_jax.sharding import make_mesh, named_leaves, path_names, tree_shardings
@@ -53,7 +55,7 @@ def load(checkpoint: str | Checkpoint, mesh_sizes: dict[str, int] | None = None,
 
 
 def restore_weights(checkpoint: str | Checkpoint, like: mixtral.Mixtral) -> mixtral.Mixtral:
-    """Restores the parameters alone, each process only what its devices hold.
+    """Restores the parameters alone, each process only what its devices hold; of a LoRA run its base and adapters, merged.
 
     Args:
         checkpoint: as resolve_checkpoint takes or gives it.
@@ -67,6 +69,8 @@ def restore_weights(checkpoint: str | Checkpoint, like: mixtral.Mixtral) -> mixt
         DamagedError: what was read is not what was saved.
     """
     checkpoint = _resolved(checkpoint)
+    if checkpoint.step is not None and (config := stored_config(checkpoint)).lora.rank:
+        return _restore_merged(checkpoint, config, like)
     weights = Foreign(checkpoint.folder) if checkpoint.step is None else Ours(checkpoint, in_order=False)
     try:
         _check_settings(checkpoint, weights.config.model, like.config)
@@ -76,6 +80,60 @@ def restore_weights(checkpoint: str | Checkpoint, like: mixtral.Mixtral) -> mixt
     if checkpoint.step is not None:
         _verify(checkpoint, model)
     return model
+
+
+def _restore_merged(checkpoint: Checkpoint, config: Config, like: mixtral.Mixtral) -> mixtral.Mixtral:
+    """Restores a LoRA run's weights: its base, as that run held it, and the adapters merged into it."""
+    _check_settings(checkpoint, config.model, like.config)
+    adapted = lora.factors(config.lora)
+
+    def base_leaf(path, leaf):
+        name = path_names(path)[-1]
+        # In the run's own dtypes whatever is asked for: what was trained is what is merged, to the bit.
+        dtype = leaf.dtype if name not in adapted else "float32" if name in FLOAT32 else config.model.dtype
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+
+    base_like = jax.tree_util.tree_map_with_path(base_leaf, like)
+    mesh = jax.tree.leaves(like)[0].sharding.mesh
+    source = lora_base.base_of(checkpoint, config)
+    with jax.set_mesh(mesh):
+        base = _random(config, base_like) if source is None else restore_weights(source, base_like)
+        said = lora_base.meta(checkpoint).get("frozen")
+        if said is not None:
+            lora_base.refuse_changed(checkpoint, config, said, _frozen_fingerprints(base, config.model.dtype))
+        shapes = lora.abstract(like.config, config.lora)
+        shardings = tree_shardings(shapes, mesh, shapes)
+        shapes = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, shardings)
+        checkpoints = Checkpoints(checkpoint.folder)
+        try:
+            adapters = checkpoints.restore_params(checkpoint.step, shapes)
+        finally:
+            checkpoints.close()
+        merged = lora.merge(base, adapters, like, donate=True)
+    return jax.tree.map(
+        lambda x, leaf: jax.device_put(x, leaf.sharding), merged, like
+    )  # in the same words; nothing moves
+
+
+def _random(config: Config, like: mixtral.Mixtral) -> mixtral.Mixtral:
+    """The random model that a LoRA run without train.init_from is based on."""
+
+    def build(key):
+        made = named_leaves(mixtral.init(config.model, key))
+        # A router bias that the run did not have is zero, as one that is not stored.
+        return {n: made[n].astype(x.dtype) if n in made else jnp.zeros(x.shape, x.dtype) for n, x in leaves.items()}
+
+    leaves = named_leaves(like)
+    shardings = {name: leaf.sharding for name, leaf in leaves.items()}
+    found = jax.jit(build, out_shardings=shardings)(jax.random.key(config.train.seed))
+    return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in leaves])
+
+
+def _frozen_fingerprints(base: mixtral.Mixtral, dtype: str) -> dict[str, str]:
+    """Fingerprints of a base in the compute dtype; without the parameters that are held in less than that."""
+    kinds = {n: jnp.dtype("float32" if n.rpartition(".")[2] in FLOAT32 else dtype) for n in named_leaves(base)}
+    held = {n: leaf for n, leaf in named_leaves(base).items() if leaf.dtype.itemsize >= kinds[n].itemsize}
+    return fingerprints({name: leaf.astype(kinds[name]) for name, leaf in held.items()})
 
 
 def _verify(checkpoint: Checkpoint, model) -> None:
@@ -120,14 +178,19 @@ def stored_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     return load_tokenizer(str(path), "")
 
 
-def stored_corpus(checkpoint: Checkpoint) -> str | None:
-    """The key of the corpus that a checkpoint was trained on; None if it was imported or is another's."""
+def stored_meta(checkpoint: Checkpoint) -> dict:
+    """What a checkpoint notes beside its arrays (interlude.save); nothing of one that is another's."""
     if checkpoint.step is None:
-        return None
+        return {}
     checkpoints = Checkpoints(checkpoint.folder)
     meta = checkpoints.meta(checkpoint.step)
     checkpoints.close()
-    return meta["identity"]["corpus"] if "identity" in meta else None
+    return meta
+
+
+def stored_corpus(checkpoint: Checkpoint) -> str | None:
+    """The key of the corpus that a checkpoint was trained on; None if it was imported or is another's."""
+    return stored_meta(checkpoint).get("identity", {}).get("corpus")
 
 
 def _resolved(checkpoint: str | Checkpoint) -> Checkpoint:

@@ -15,8 +15,9 @@ import jax
 from jax.sharding import NamedSharding
 
 from mixtral_jax import backends
-from mixtral_jax.config import Config, ModelConfig, RunError, UserError, resolve_mesh, validate
-from mixtral_jax.sharding import named_leaves
+from mixtral_jax.config import AXES, Config, MeshConfig, ModelConfig, RunError, UserError, resolve_mesh, validate
+from mixtral_jax.models import lora, mixtral
+from mixtral_jax.sharding import named_leaves, tree_shardings
 
 GIB = 2**30
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
@@ -108,6 +109,26 @@ def state_bytes(state, sizes: Mapping[str, int] | None = None) -> dict[str, int]
     return {name: size(leaf) for name, leaf in named_leaves(state).items()}
 
 
+def abstractly_sharded(tree, params, mesh: MeshConfig):
+    """A tree of ShapeDtypeStructs with the shardings it would have on a resolved mesh; no device is needed.
+
+    Args:
+        tree, params: see sharding.tree_shardings.
+        mesh: the sizes.
+    """
+    sizes = tuple(getattr(mesh, axis) for axis in AXES)
+    shardings = tree_shardings(tree, jax.sharding.AbstractMesh(sizes, AXES), params)
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, shardings)
+
+
+def frozen_bytes(config: Config) -> int:
+    """Bytes of a LoRA run's frozen base on one device, which has neither gradients nor moments; 0 in other runs."""
+    if config.lora.rank == 0:
+        return 0
+    base = jax.eval_shape(lora.freeze, mixtral.abstract(config.model))
+    return sum(state_bytes(abstractly_sharded(base, base, config.mesh)).values())
+
+
 def activations(config: Config) -> dict[str, int]:
     """Estimates the large temporary buffers of a train step on one device, in bytes; the mesh must be resolved.
 
@@ -137,7 +158,11 @@ def activations(config: Config) -> dict[str, int]:
         ),
         f"attention scores of a layer, {rows} x {model.num_heads // mesh.tensor} heads x {mine} x {seen}": 2 * scores,
         "rows on their way to the experts of a layer": int(4 * routed),
-        "experts of a layer in the compute type, and their gradient": 2 * experts,
+        **(
+            {"experts of a layer, gathered; without a gradient": experts}
+            if config.lora.rank
+            else {"experts of a layer in the compute type, and their gradient": 2 * experts}
+        ),
         f"logits of {min(config.loss.head_chunk, mine)} positions, and their gradient": 2
         * (rows * min(config.loss.head_chunk, mine) * model.vocab_size // mesh.tensor * 4),
     }
@@ -246,6 +271,8 @@ def _rows(config: Config, state, compiled) -> list[tuple[str, int, str]]:
             f"{'.'.join(name.removeprefix(prefix + '.').split('.')[-3:])} {readable(mine[name])}" for name in largest
         )
         rows.append((title, sum(mine.values()), f"   {named}"))
+    if config.lora.rank:
+        rows.insert(0, ("frozen base", frozen_bytes(config), f"   {config.model.dtype}, without gradients and moments"))
     extra = activations(config) | {"gradients, float32": _gradients(config, state)}
     rows += [(name, extra[name], "   estimated") for name in sorted(extra, key=extra.get, reverse=True)]
     analysis = compiled.memory_analysis() if compiled is not None else None
@@ -263,7 +290,8 @@ def _total(config: Config, state) -> int:
     """Estimates what a device holds at the peak of a step under a configuration whose mesh is resolved."""
     sizes = dataclasses.asdict(config.mesh)
     held = state_bytes(state, sizes)
-    total = sum(held.values()) + _gradients(config, state, sizes) + sum(activations(config).values())
+    total = sum(held.values()) + frozen_bytes(config)
+    total += _gradients(config, state, sizes) + sum(activations(config).values())
     moments = {name: leaf for name, leaf in named_leaves(state).items() if name.startswith("opt_state") and leaf.ndim}
     if config.optim.moment_dtype == "bfloat16":
         total -= sum(held[name] // 2 for name, leaf in moments.items() if leaf.dtype.itemsize == 4)

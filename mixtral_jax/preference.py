@@ -15,6 +15,7 @@ from mixtral_jax.losses import Totals, add_up, router_terms, token_losses
 
 # Losses that are the same for every reference, because they have none.
 REFERENCE_FREE = ("simpo",)
+ROUNDINGS = 4  # of a sum of log-probabilities, in its last bit, that are no difference
 
 
 class Answers(NamedTuple):
@@ -57,6 +58,18 @@ def answers(model, batch: dict, head_chunk: int):
     return found, nll_BT, log_z_BT, stats_L
 
 
+def log_ratio(policy_BP, reference_BP):
+    """log policy - log reference of answers, exactly 0 where float32 cannot tell the two apart; the gradient is the difference's.
+
+    Training and the reference are different programs, and a compiler may round the last bit differently in each. Without
+    this a policy that is its reference would win some ties by noise.
+    """
+    difference_BP = policy_BP - reference_BP
+    noise_BP = ROUNDINGS * jnp.finfo(jnp.float32).eps * (jnp.abs(policy_BP) + jnp.abs(reference_BP))
+    is_noise_BP = lax.stop_gradient(jnp.abs(difference_BP) <= noise_BP)
+    return difference_BP - lax.stop_gradient(jnp.where(is_noise_BP, difference_BP, 0))
+
+
 def pair_losses(policy: Answers, reference: Answers | None, config: DpoConfig):
     """The preference loss of every pair.
 
@@ -88,7 +101,8 @@ def pair_losses(policy: Answers, reference: Answers | None, config: DpoConfig):
     if config.loss == "simpo":
         c_BP, r_BP = policy.chosen_BP / chosen_tokens_BP, policy.rejected_BP / rejected_tokens_BP
         return -log_sigmoid(b * (c_BP - r_BP) - config.gamma), b * c_BP, b * r_BP
-    c_BP, r_BP = policy.chosen_BP - reference.chosen_BP, policy.rejected_BP - reference.rejected_BP
+    c_BP = log_ratio(policy.chosen_BP, reference.chosen_BP)
+    r_BP = log_ratio(policy.rejected_BP, reference.rejected_BP)
     d_BP = c_BP - r_BP
     mean_d_BP = c_BP / chosen_tokens_BP - r_BP / rejected_tokens_BP
     if config.loss == "sigmoid":

@@ -5,6 +5,7 @@ visited in the order of the packing plan; the order of the training batches is n
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -65,34 +66,49 @@ class WithReference:
 
 
 def open_reference(config: Config, corpus, fingerprints: dict[str, str], weights: Callable, mesh, note: Callable):
-    """Returns the Reference of a corpus, from the cache under data.cache_dir or computed.
+    """Returns the Reference of a corpus; for the arguments see `open_split`."""
+    held = []  # loaded once for both splits, and let go at the end
+
+    def once():
+        if not held:
+            held.append(weights())
+        return held[0]
+
+    return Reference(
+        *(open_split(config, corpus, split, fingerprints, once, mesh, note) for split in Reference._fields)
+    )
+
+
+def open_split(
+    config: Config, corpus, split: str, fingerprints: dict[str, str], weights: Callable, mesh, note: Callable
+) -> np.ndarray:
+    """Returns a split's log-probabilities under the reference, from the cache under data.cache_dir or computed.
 
     Args:
         config: its mesh resolved.
         corpus: of pairs.
+        split: train or heldout.
         fingerprints: of the reference's weights.
         weights: returns the reference; called if something is missing in the cache.
         mesh: the current mesh.
         note: shows a line to the user.
 
+    Returns:
+        float32 [n, 2]: of each pair, its chosen and its rejected answer.
+
     Raises:
         UserError: the cache cannot be written.
     """
-    held = []  # loaded once for both splits, and let go at the end
-    found = []
-    for split, file in (("train", corpus.train), ("heldout", corpus.heldout)):
-        pairs = len(file.ids) // 2
-        at = place_of(config.data.cache_dir, "reference", _key(config, corpus, fingerprints, split))
-        done, log_probs = _read(at, pairs, _rows(config))
-        if done is None:
-            note(f"reference log-probabilities of {pairs:,} pairs ({split}) from {at.local}")
-        else:
-            rest = f", from batch {done} on" if done else ""
-            note(f"computing the reference's log-probabilities of {pairs:,} pairs ({split}), once{rest} ...")
-            held = held or [weights()]
-            log_probs = _compute(config, file, held[0], mesh, at, done, log_probs, split)
-        found.append(log_probs)
-    return Reference(*found)
+    file = getattr(corpus, split)
+    pairs = len(file.ids) // 2
+    at = place_of(config.data.cache_dir, "reference", _key(config, corpus, fingerprints, split))
+    done, log_probs = _read(at, pairs, _rows(config))
+    if done is None:
+        note(f"reference log-probabilities of {pairs:,} pairs ({split}) from {at.local}")
+        return log_probs
+    rest = f", from batch {done} on" if done else ""
+    note(f"computing the reference's log-probabilities of {pairs:,} pairs ({split}), once{rest} ...")
+    return _compute(config, file, weights(), mesh, at, done, log_probs, split)
 
 
 def _key(config: Config, corpus, fingerprints: dict[str, str], split: str) -> str:
@@ -166,27 +182,63 @@ def _writable(path: Path) -> Iterator[None]:
 
 def _compute(config: Config, file: TokenFile, model, mesh, at: Place, first: int, log_probs, split: str) -> np.ndarray:
     """Computes from batch `first` on, saving now and then what is done."""
+    saved = time.monotonic()
+
+    def keep(done: int, log_probs: np.ndarray) -> None:
+        nonlocal saved
+        if time.monotonic() - saved > SAVE_SECONDS:
+            _keep(at, done, _rows(config), log_probs)
+            saved = time.monotonic()
+
+    log_probs = score_pairs(config, file, model, mesh, f"reference, {split}", (first, log_probs), keep)
+    _store(at, log_probs)
+    return log_probs
+
+
+# Of the module, so that models of one shape are compiled once.
+@functools.partial(jax.jit, static_argnames="head_chunk")
+def _sums(model, batch: dict, head_chunk: int):
+    found = answers(model, batch, head_chunk)[0]
+    return everywhere((batch["pairs_BP"], found.chosen_BP, found.rejected_BP))
+
+
+def score_pairs(
+    config: Config,
+    file: TokenFile,
+    model,
+    mesh,
+    title: str,
+    known: tuple[int, np.ndarray] | None = None,
+    keep: Callable[[int, np.ndarray], None] = lambda done, log_probs: None,
+) -> np.ndarray:
+    """Computes the log-probability of each answer of each pair under a model, in the order of the packing plan.
+
+    Args:
+        config: train.seq_len, data.packing and loss.head_chunk are read, and the batch.
+        file: the pairs.
+        model: on the mesh.
+        mesh: the current mesh.
+        title: of the bar.
+        known: how many batches are done, and what they gave; None: nothing.
+        keep: is told after every batch how many are done, and what they gave.
+
+    Returns:
+        float32 [n, 2]: of each pair, its chosen and its rejected answer, in nats.
+    """
     rows = _rows(config)
     plan = pack_pairs(file.lengths, config.train.seq_len, one_per_row=not config.data.packing)
     sizes = {"batch_size": rows, "seq_len": config.train.seq_len, "seed": 0, "shuffle": False}
     batches = Batches(file, plan, **sizes, pairs=plan.most_pairs)
     start, stop = distributed.rows_here(mesh, rows)
+    first, log_probs = known or (0, np.zeros((len(file.ids) // 2, 2), np.float32))
 
-    @jax.jit
-    def run(model, batch):
-        found = answers(model, batch, config.loss.head_chunk)[0]
-        return everywhere((batch["pairs_BP"], found.chosen_BP, found.rejected_BP))
-
-    saved, log_probs = time.monotonic(), log_probs.copy()
+    log_probs = log_probs.copy()
     steps = range(first, batches.n_eval_batches)
     shown = {"unit": "batch", "leave": False, "disable": None if distributed.speaks() else True}
-    for k in tqdm(steps, f"reference, {split}", initial=first, total=batches.n_eval_batches, **shown):
+    for k in tqdm(steps, title, initial=first, total=batches.n_eval_batches, **shown):
         batch = place(batches.eval_batch(k, start, stop), mesh, start, rows)
-        numbers_BP, chosen_BP, rejected_BP = jax.device_get(run(model, batch))
+        numbers_BP, chosen_BP, rejected_BP = jax.device_get(_sums(model, batch, config.loss.head_chunk))
         real_BP = numbers_BP > 0
         log_probs[numbers_BP[real_BP] - 1] = np.stack([chosen_BP[real_BP], rejected_BP[real_BP]], -1)
-        if time.monotonic() - saved > SAVE_SECONDS:
-            _keep(at, k + 1, rows, log_probs)
-            saved = time.monotonic()
-    _store(at, log_probs)
+        keep(k + 1, log_probs)
     return log_probs

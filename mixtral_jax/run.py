@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from mixtral_jax import distributed, frozen, metrics, mirror
+from mixtral_jax import distributed, frozen, lora_base, metrics, mirror, saving
 from mixtral_jax.checkpoint import Checkpoints, SaveError
 from mixtral_jax.config import Config, RunError, UserError
 from mixtral_jax.data import Corpus, load_tokenizer
@@ -160,6 +160,8 @@ def start(config: Config, workdir: Path, make_heldout: Callable, public: str | P
         progress.note(f"  together   {distributed.process_count()} processes, {jax.local_device_count()} devices each")
     for line in notes:
         progress.note(line)
+    if config.lora.rank:
+        progress.note(saving.text(config))
     frozen_weights, frozen_meta, reference = _frozen(config, mesh, found, corpus, progress.note)
     batches = stage.batches(config, corpus, tokenizer)
     resume_step = -1 if found.step is None else found.step
@@ -210,12 +212,12 @@ def _frozen(config: Config, mesh, found, corpus: Corpus, note: Callable):
     def weights():
         if not kept:
             kept.append(frozen.weights(config, mesh))
-            frozen.check(config, meta, frozen.describe(config, kept[0]))
+            frozen.check(config, meta, lora_base.record(config, kept[0]))
         return kept[0]
 
     with jax.set_mesh(mesh):
         stays = weights() if frozen.stays(config) or meta is None else None
-        meta = meta or frozen.describe(config, stays)
+        meta = meta or lora_base.record(config, stays)
         reference = None
         if frozen.has_reference(config) and config.dpo.reference == "precomputed":
             reference = open_reference(config, corpus, meta["fingerprints"], weights, mesh, note)

@@ -52,7 +52,9 @@ def draw_accuracy(axes: Axes, train: Sequence[dict], heldout: Sequence[dict]) ->
             "elinewidth": 1.8,
             "capsize": 4,
         }
-        axes.errorbar(held_steps, held, [held - low, high - held], color=HELDOUT, label="held-out pairs, 95%", **style)
+        axes.errorbar(
+            held_steps, held, np.stack([held - low, high - held]), color=HELDOUT, label="held-out pairs, 95%", **style
+        )
         mark(axes, held_steps[-1], held[-1], f"{held[-1]:.1%}")
     axes.axhline(0.5, color=MUTED, linewidth=1, linestyle="--")
     axes.set_ylim(0, 1.15)

@@ -168,8 +168,8 @@ def test_a_row_alone_equals_the_row_in_a_batch():
 def test_samples_of_training_keep_the_end_of_a_long_prompt():
     _, model = byte_model()
     prompt = "x" * 500 + "the end"
-    text = sample(model, ByteTokenizer(), prompt, max_tokens=8, temperature=0.0, seed=0)
-    again = sample(model, ByteTokenizer(), prompt[100:], max_tokens=8, temperature=0.0, seed=0)
+    text = sample(model, ByteTokenizer(), [prompt], max_tokens=8, temperature=0.0, seed=0)
+    again = sample(model, ByteTokenizer(), [prompt[100:]], max_tokens=8, temperature=0.0, seed=0)
     assert text == again
 
 

@@ -45,7 +45,7 @@ def prompt(length: int) -> str:
 
 def greedy(text: str, tokenizer=None, **changes) -> str:
     arguments = dict(max_tokens=NEW, temperature=0, seed=0) | changes
-    return sample(model(), tokenizer or Letters(), text, **arguments)
+    return sample(model(), tokenizer or Letters(), [text], **arguments)[0]
 
 
 @jax.jit
@@ -101,7 +101,7 @@ def test_temperature_divides_the_logits():
     leaves["head_DV"][:] = -1e3
     leaves["head_DV"][:, [ord("a"), ord("b")]] = [4 / 32, 0]
     constant = jax.tree.unflatten(jax.tree.structure(like), list(leaves.values()))
-    drawn = sample(constant, Letters(), "", max_tokens=120, temperature=4.0, seed=0)
+    (drawn,) = sample(constant, Letters(), [""], max_tokens=120, temperature=4.0, seed=0)
     assert set(drawn) == {"a", "b"}
     assert drawn.count("a") / 120 == pytest.approx(np.e / (np.e + 1), abs=0.12)
 
@@ -111,7 +111,7 @@ def test_a_mesh_draws_the_same_text(temperature):
     _, mesh = on_mesh(tiny(), fsdp=2, expert=2, tensor=2)
     want = greedy(prompt(20), temperature=temperature, seed=3)
     with jax.set_mesh(mesh):
-        got = sample(shard(model(), mesh), Letters(), prompt(20), max_tokens=NEW, temperature=temperature, seed=3)
+        (got,) = sample(shard(model(), mesh), Letters(), [prompt(20)], max_tokens=NEW, temperature=temperature, seed=3)
     assert got == want
 
 
@@ -119,5 +119,5 @@ def test_a_mesh_with_context_generates_the_same():
     """It is trained on such a mesh and sampled from in between; one token has no T to split."""
     _, mesh = on_mesh(tiny(model__init_std=0.4, model__max_seq_len=128), context=2, tensor=2, fsdp=2)
     with jax.set_mesh(mesh):
-        got = sample(shard(model(), mesh), Letters(), prompt(9), max_tokens=NEW, temperature=0, seed=0)
+        (got,) = sample(shard(model(), mesh), Letters(), [prompt(9)], max_tokens=NEW, temperature=0, seed=0)
     assert got == greedy(prompt(9))

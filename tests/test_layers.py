@@ -13,6 +13,7 @@ LAYERS = [
     | {
         "clusters",
         "mirror",
+        "lora_base",
         "distributed",
         "last_words",
         "watch",
@@ -22,6 +23,7 @@ LAYERS = [
         "timing",
         "profile",
         "memory",
+        "saving",
         "compilation_cache",
         "interrupt",
     },

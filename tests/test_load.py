@@ -23,13 +23,14 @@ from mixtral_jax.convert.transfer import Transfer
 from mixtral_jax.generate import generate
 from mixtral_jax.generate.__main__ import main as generate_main
 from mixtral_jax.load import load, restore_weights, stored_corpus, stored_tokenizer
-from mixtral_jax.models import mixtral
+from mixtral_jax.models import lora, mixtral
 from mixtral_jax.models.decode import prefill
 from mixtral_jax.resolve import Checkpoint, parse_step, resolve_checkpoint
 from mixtral_jax.sharding import named_leaves, tree_shardings
 from mixtral_jax.workdir import store_run
 from tests.convert import sources
 from tests.convert.test_broken import CASES
+from tests.convert.test_merge import base_model, lora_run, shape_keys
 from tests.convert.test_round_trip import mistral_directory
 from tests.golden import reference
 from tests.helpers import on_mesh, tiny
@@ -286,6 +287,67 @@ def test_matrices_come_in_the_dtype_that_decoding_multiplies_in(tmp_path):
         here = jax.tree.map(np.asarray, model)
         logits[for_decoding] = np.asarray(prefill(here, tokens, np.full(1, 4, np.int32), 8)[0])
     np.testing.assert_array_equal(logits[True], logits[False])
+
+
+def test_a_lora_run_is_loaded_merged_on_any_mesh(tmp_path):
+    """In float32, from the base as it was frozen in bfloat16; what has no adapters is what the base stores."""
+    folder = source(tmp_path / "hf", "huggingface")
+    changes = dict(model__dtype="bfloat16")
+    base = lora.freeze(base_model(tiny(**shape_keys(), **changes)))
+    config, adapters = lora_run(tmp_path / "run", f"hf:{folder}", base, **changes)
+    _, model, mesh = load(str(tmp_path / "run"), {"fsdp": 2, "expert": 2, "tensor": 2})
+    assert dict(mesh.shape) == dict(data=1, fsdp=2, expert=2, context=1, tensor=2)
+    want = named_leaves(lora.merge(base, adapters, mixtral.abstract(config.model)))
+    held = named_leaves(model)
+    for name, leaf in named_leaves(model).items():
+        assert leaf.dtype == np.float32, name
+        if "w_" in name:
+            np.testing.assert_allclose(leaf, want[name], atol=1e-6 * np.abs(want[name]).max(), err_msg=name)
+    np.testing.assert_array_equal(held["head_DV"], reference.weights(SHAPE)["head_DV"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_later_stage_starts_from_a_lora_runs_weights(tmp_path, dtype):
+    """restore_weights is what train.init_from calls; here of a LoRA run whose base is a LoRA run, in two dtypes."""
+    folder = source(tmp_path / "hf", "huggingface")
+    config, first = lora_run(tmp_path / "first", f"hf:{folder}", base_model(tiny(**shape_keys())))
+    once = lora.merge(base_model(config), first)
+    _, second = lora_run(tmp_path / "second", str(tmp_path / "first"), once, seed=1, lora__targets=("experts",))
+    want, like = named_leaves(lora.merge(once, second)), abstract(SHAPE, dtype=dtype, tensor=2)
+    rounding = 2**-8 if dtype == "bfloat16" else 0
+    for name, leaf in named_leaves(restore_weights(str(tmp_path / "second"), like)).items():
+        assert (leaf.dtype, leaf.sharding) == (dtype, named_leaves(like)[name].sharding), name
+        scale = np.abs(want[name]).max()
+        np.testing.assert_allclose(leaf.astype(np.float32), want[name], rtol=rounding, atol=1e-6 * scale, err_msg=name)
+
+
+def test_a_base_that_is_not_the_one_of_the_training_is_refused(tmp_path):
+    folder = source(tmp_path / "hf", "huggingface")
+    base = base_model(tiny(**shape_keys()))
+    lora_run(tmp_path / "run", f"hf:{folder}", base)
+    restore_weights(str(tmp_path / "run"), abstract(SHAPE))
+    like = mixtral.abstract(tiny(**shape_keys()).model)
+    other = [leaf * (1.01 if name == "layers.w_up_EDF" else 1) for name, leaf in named_leaves(base).items()]
+    lora_run(tmp_path / "run", f"hf:{folder}", jax.tree.unflatten(jax.tree.structure(like), other), step=4)
+    with pytest.raises(
+        UserError, match=rf"step 4 holds adapters .* hf:{folder} has other weights now: layers.w_up_EDF\."
+    ):
+        restore_weights(str(tmp_path / "run"), abstract(SHAPE))
+    restore_weights(str(tmp_path / "run" / "checkpoints" / "3"), abstract(SHAPE))
+    folder.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=rf"train.init_from=hf:{folder} cannot be read: .* no directory"):
+        load(str(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_a_random_base_is_the_same_on_every_mesh(tmp_path):
+    base = mixtral.init(tiny(**shape_keys(), model__max_seq_len=128).model, jax.random.key(7))
+    _, adapters = lora_run(tmp_path / "run", "", base, train__seed=7)
+    want = named_leaves(lora.merge(base, adapters))
+    model = restore_weights(str(tmp_path / "run"), abstract(SHAPE, fsdp=2))
+    for name, leaf in named_leaves(model).items():
+        np.testing.assert_allclose(leaf, want[name], atol=1e-6 * np.abs(want[name]).max(), err_msg=name)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -10,12 +10,12 @@ import pytest
 
 from mixtral_jax.config import DpoConfig
 from mixtral_jax.losses import Totals
-from mixtral_jax.models import mixtral
-from mixtral_jax.preference import Answers, answers, dpo_loss, pair_losses, pair_terms
+from mixtral_jax.models import lora, mixtral
+from mixtral_jax.preference import Answers, answers, dpo_loss, log_ratio, pair_losses, pair_terms
 from mixtral_jax.reference import add_to
 from mixtral_jax.sharding import place
 from mixtral_jax.step import model_of
-from tests.helpers import on_mesh, relative_errors, shard
+from tests.helpers import assert_trees_close, on_mesh, relative_errors, shard, train
 from tests.pairs import batches, dpo, random_pairs, swapped
 
 LOSSES = ("sigmoid", "robust", "ipo", "hinge", "sigmoid_norm", "simpo", "apo_zero")
@@ -255,3 +255,48 @@ def test_without_adapters_the_parameters_are_the_model():
     config = dpo()
     params = params_of(config)
     assert model_of(config, params) is params
+
+
+def test_accumulation_changes_nothing(file):
+    """Micro-batches with different numbers of pairs: sums over the step, and no mean of means."""
+    shape = dict(train__batch_size=8, train__seq_len=48, dpo__beta=BETA, dpo__sft_weight=0.5, loss__balance_weight=0.0)
+    reference = params_of(dpo(**shape), 1)
+    runs = []
+    for steps in (1, 4):
+        config, mesh = on_mesh(dpo(**shape, train__accumulation_steps=steps))
+        batch = fields(batches(config, file, rows=8).eval_batch(0))
+        assert len({int((batch["pairs_BP"][j::4] > 0).sum()) for j in range(4)}) > 1
+        runs.append(train(config, mesh, [with_reference(config, reference, batch)] * 2, stage="dpo"))
+    (one, log_one), (four, log_four) = runs
+    for a, b in zip(log_one, log_four, strict=True):
+        for name in ("loss", "preference_loss", "token_loss", "rewards/margins", "rewards/accuracies", "gradient_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-6), name
+    assert log_one[-1]["rewards/margins"] != 0
+    assert_trees_close(one.params, four.params, 1e-4)
+
+
+def test_in_bfloat16_margins_begin_at_exactly_zero_too(file):
+    """The reference is held in bfloat16 and the policy in float32: both compute with the same numbers."""
+    config = dpo(dpo__beta=BETA, model__dtype="bfloat16")
+    params, batch = params_of(config), fields(batches(config, file).eval_batch(0))
+    frozen = lora.freeze(params)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(frozen)} == {"bfloat16", "float32"}
+    (_, terms), _ = value_and_grads(config, params, batch, frozen)
+    assert all(terms[f"rewards/{name}"] == 0 for name in ("margins", "chosen", "rejected"))
+    stored = with_reference(config, frozen, batch)
+    (_, terms), _ = value_and_grads(config, params, stored)
+    assert all(terms[f"rewards/{name}"] == 0 for name in ("margins", "chosen", "rejected"))
+
+
+def test_a_difference_in_the_last_bits_is_none_and_has_its_gradient():
+    """Two programs round differently: that is a tie, and no reason not to learn from the pair."""
+    sums_BP = jnp.array([[-3.0, -40.0, -300.0, -2000.0]])
+    near_BP = jnp.nextafter(sums_BP, jnp.zeros_like(sums_BP))
+    assert (log_ratio(near_BP, sums_BP) == 0).all()
+    assert (jax.grad(lambda p: log_ratio(p, sums_BP).sum())(near_BP) == 1).all()
+    off_BP = sums_BP * (1 + 1e-5)
+    np.testing.assert_array_equal(log_ratio(off_BP, sums_BP), off_BP - sums_BP)
+    policy = Answers(near_BP, sums_BP, jnp.full((1, 4), 5.0), jnp.full((1, 4), 5.0))
+    reference = Answers(sums_BP, sums_BP, jnp.full((1, 4), 5.0), jnp.full((1, 4), 5.0))
+    terms = pair_terms(policy, reference, jnp.ones((1, 4), bool), 4.0, settings())
+    assert terms["rewards/accuracies"] == 0

@@ -4,12 +4,15 @@ Two things stand in for a store: a folder behind gs:// (tests/bucket.py) for wha
 is taken for a store for Orbax's and tensorstore's arrays, whose own drivers for gs:// are not tested.
 """
 
+import types
+
 import jax
 import numpy as np
 import pytest
 
 from mixtral_jax import mirror, remote
 from mixtral_jax.config import UserError
+from mixtral_jax.convert import ours
 from mixtral_jax.convert.__main__ import main as convert
 from mixtral_jax.convert.foreign import Foreign
 from mixtral_jax.data import load_tokenizer
@@ -121,6 +124,20 @@ def test_weights_are_loaded_exported_and_imported(bucket, tmp_path, monkeypatch)
     assert sorted(path.name for path in (bucket / "new").iterdir()) == ["checkpoints", "config.json"]
     assert_reference(load(str(bucket / "new"))[1])
     assert convert(["verify", f"--from={bucket / 'new'}", f"--to={given}"]) == 0
+
+
+def test_arrays_are_asked_of_the_store_itself(stores, monkeypatch):
+    """What tensorstore is told; it is not run against a store."""
+    two_steps(stores / "bucket" / "run")
+    asked = []
+    monkeypatch.setattr(
+        ours.ts, "open", lambda spec, **_: asked.append(spec) or types.SimpleNamespace(result=lambda: None)
+    )
+    ours._open(remote.folder("gs://bucket/run/checkpoints/2/params"), 0)
+    assert len(asked) == 13
+    for spec in asked:
+        base = ours.ts.Spec(spec).to_json()["kvstore"]["base"]
+        assert base == {"driver": "gcs", "bucket": "bucket", "path": "run/checkpoints/2/params/"}
 
 
 def test_a_run_that_starts_from_them_compares_tokenizers(stores):

@@ -12,7 +12,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from mixtral_jax.config import UserError
 from mixtral_jax.convert.exporter import export_checkpoint
-from mixtral_jax.convert.importer import import_checkpoint, upcycle
+from mixtral_jax.convert.importer import import_checkpoint, merge, upcycle
 from mixtral_jax.convert.verify import compare, table
 from mixtral_jax.progress import messages
 from mixtral_jax.remote import is_remote
@@ -21,10 +21,12 @@ EPILOG = """examples:
   python -m mixtral_jax.convert import --from=Mixtral-8x7B-v0.1 --to=runs/8x7b
   python -m mixtral_jax.convert export --from=runs/8x7b --to=hf/8x7b --dtype=bfloat16
   python -m mixtral_jax.convert verify --from=Mixtral-8x7B-v0.1 --to=runs/8x7b
+  python -m mixtral_jax.convert merge --from=runs/lora --to=runs/merged
   python -m mixtral_jax.convert upcycle --from=Mistral-7B-v0.1 --to=runs/8x7b-up --experts=8 --noise=0.01
 
 A checkpoint is a run's workdir (its newest step) or the folder of a step, here or on an object store (gs://bucket/run), where
-import and upcycle may put their new one, too; a directory of Hugging Face's holds config.json
+import and upcycle may put their new one, too. That of a LoRA run holds adapters; every command reads it as merged weights,
+with the base that train.init_from names in its config.json. A directory of Hugging Face's holds config.json
 and safetensors, one of Mistral's params.json and consolidated*.safetensors. A target must not exist yet; it appears
 when it is complete.
 
@@ -54,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=raw,
     )
-    commands = parser.add_subparsers(required=True, metavar="import | export | verify | upcycle")
+    commands = parser.add_subparsers(required=True, metavar="import | export | merge | verify | upcycle")
 
     def command(name: str, run, text: str, source: str, target: str):
         sub = commands.add_parser(name, help=text, description=text, epilog=EPILOG, formatter_class=raw)
@@ -66,9 +68,17 @@ def _parser() -> argparse.ArgumentParser:
     command("import", _import, "make a workdir of ours", "Hugging Face's or Mistral's files", "the new workdir")
     sub = command("export", _export, "make a Hugging Face directory", "a checkpoint", "the new directory")
     sub.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), help="of all tensors; default: each one's stored dtype"
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="of all tensors; default: each one's stored dtype (of a LoRA run: in its base)",
     )
     sub.add_argument("--max_shard_size", type=_size, default="5GB", help="of a file, as in 5GB or 500MB (default: 5GB)")
+    sub = command("merge", _merge, "make plain weights of a LoRA run", "a LoRA run's checkpoint", "the new workdir")
+    sub.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        help="of all parameters; default: the base's, and float32 where adapters were merged, which loses nothing",
+    )
     command("verify", _verify, "compare two checkpoints of any kind", "one checkpoint", "the other")
     sub = command("upcycle", _upcycle, "make a Mixtral of a dense model", "a dense Mistral or Llama", "the new workdir")
     sub.add_argument("--experts", type=int, default=8, help="copies of the FFN in each layer (default: 8)")
@@ -104,6 +114,12 @@ def _import(arguments) -> int:
 def _export(arguments) -> int:
     files = export_checkpoint(arguments.source, arguments.target, arguments.dtype, arguments.max_shard_size)
     print(f"{arguments.target}: {len(files)} file{'s' if len(files) > 1 else ''} of weights")
+    return 0
+
+
+def _merge(arguments) -> int:
+    config = merge(arguments.source, arguments.target, arguments.dtype)
+    print(f"{arguments.target}: {config.model.num_layers} layers with {arguments.source}'s adapters merged into them")
     return 0
 
 

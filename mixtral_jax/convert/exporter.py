@@ -13,7 +13,7 @@ from mixtral_jax.convert import architecture, layout, store
 from mixtral_jax.convert.shards import CODES, Planned, plan_shards, write_index, write_shard
 from mixtral_jax.convert.tokenizer_json import write_tokenizer
 from mixtral_jax.convert.transfer import Transfer
-from mixtral_jax.convert.weights import BIAS, Weights, open_weights
+from mixtral_jax.convert.weights import BIAS, Weights, check_base, open_weights, written_dtypes
 from mixtral_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer
 from mixtral_jax.remote import is_remote
 
@@ -26,7 +26,8 @@ def export_checkpoint(source: Path, target: Path, dtype: str | None, max_shard_b
     Args:
         source: a checkpoint of ours (or a foreign directory, to change its format, dtype or shards).
         target: the new directory.
-        dtype: bfloat16 or float32; None keeps each parameter's stored dtype, which loses nothing.
+        dtype: bfloat16 or float32; None keeps each parameter's stored dtype, which loses nothing. Of a LoRA run the
+            merged weights are written, by default each rounded once to the dtype in which the base stores it.
         max_shard_bytes: the size of a file; a larger tensor has one of its own.
 
     Returns:
@@ -49,6 +50,7 @@ def export_checkpoint(source: Path, target: Path, dtype: str | None, max_shard_b
             with Transfer("export", sum(tensor.nbytes for tensor in tensors)) as transfer:
                 for name, group in files.items():
                     write_shard(folder / name, group, transfer.advance)
+            check_base(weights)
             write_index(folder, files)
             _describe(weights, folder, dtype)
         finally:
@@ -72,10 +74,10 @@ def _tensors(weights: Weights, dtype: np.dtype | None) -> list[Planned]:
     """All tensors to be written, layer by layer, as transformers orders them."""
     entries = layout.entries("huggingface")
     first, *inner, norm, head = entries
-    planned = []
+    planned, dtypes = [], written_dtypes(weights)
 
     def add(name: str, layer: int | None, expert: int | None):
-        kind = dtype or weights.dtypes[name]
+        kind = dtype or dtypes[name]
         parts = _parts(weights, name, entries[name], layer, expert, kind)
         tensor = layout.tensor_name(entries[name], layout.Block(layer, expert, 0, 0))
         planned.append(Planned(tensor, layout.tensor_shape(entries[name], weights.size), kind, parts))
@@ -126,6 +128,6 @@ def _describe(weights: Weights, folder: Path, dtype: str | None) -> None:
 def _common_dtype(weights: Weights) -> str:
     """The dtype of most bytes: what config.json calls the model's."""
     total = dict.fromkeys(CODES, 0)
-    for name, dtype in weights.dtypes.items():
+    for name, dtype in written_dtypes(weights).items():
         total[dtype] += int(np.prod(layout.parameter_shape(name, weights.size)))
     return max(total, key=total.get).name

@@ -1,5 +1,7 @@
-"""Files of Hugging Face's or Mistral's -> a workdir of ours; and a Mixtral made from a dense model."""
+"""Files of Hugging Face's or Mistral's -> a workdir of ours; a Mixtral made from a dense model; a LoRA run's merged weights."""
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +9,9 @@ import numpy as np
 from mixtral_jax.config import Config, UserError
 from mixtral_jax.convert import layout, store
 from mixtral_jax.convert.foreign import Foreign
+from mixtral_jax.convert.merged import Merged
 from mixtral_jax.convert.transfer import Transfer
-from mixtral_jax.convert.weights import as_float32, open_weights, total_bytes
+from mixtral_jax.convert.weights import BIAS, as_float32, open_weights, total_bytes
 from mixtral_jax.resolve import FOREIGN, resolve_checkpoint
 
 ROUTER = "layers.w_router_DE"
@@ -82,6 +85,46 @@ def upcycle(
             return _write(dense, read, folder, "upcycle")
         finally:
             dense.close()
+
+
+def merge(source: Path, target: Path, dtype: str | None) -> Config:
+    """Writes the plain weights of a LoRA run, W + scale A B, as a checkpoint that needs no base.
+
+    Args:
+        source: a checkpoint of a LoRA run.
+        target: the new workdir.
+        dtype: of all parameters; None keeps the base's stored dtypes, and float32 where adapters were merged.
+
+    Raises:
+        UserError: the source has no adapters, its base is missing or has changed, or the target exists.
+    """
+    with store.new_directory(target) as folder:
+        weights = open_weights(source)
+        try:
+            if not isinstance(weights, Merged):
+                raise UserError(f"{source} has no adapters to merge; lora.rank is 0 in its configuration")
+            dtypes = weights.dtypes if dtype is None else dict.fromkeys(weights.dtypes, np.dtype(dtype))
+
+            def read(name: str, block: layout.Block) -> np.ndarray:
+                return weights.block(name, block).astype(dtypes[name], copy=False)
+
+            c = weights.config
+            config = dataclasses.replace(
+                c,
+                model=dataclasses.replace(c.model, router_bias=BIAS in weights.dtypes),
+                lora=dataclasses.replace(c.lora, rank=0),
+                train=dataclasses.replace(c.train, init_from=""),
+            )
+            tokenizer = weights.tokenizer_file()
+            with Transfer("merge", total_bytes(weights)) as transfer:
+                store.write_workdir(folder, config, dtypes, weights.letters, read, tokenizer, transfer.advance)
+            weights.check_base()
+            other = weights.checkpoint.folder / "tokenizer"
+            if tokenizer is None and other.is_dir():  # of bytes, which no file of others has
+                shutil.copytree(other, folder / "tokenizer")
+        finally:
+            weights.close()
+    return config
 
 
 def _write(weights: Foreign, read, folder: Path, title: str) -> Config:

@@ -39,8 +39,8 @@ class Ours:
         entries = layout.entries("huggingface")
         folder = self.where / "params"
         cache = 0 if in_order and not (self.where / "opt_state").is_dir() else CACHE_BYTES
-        with _explained(folder):
-            self._arrays = _open(folder, cache)
+        with explained(folder):
+            self._arrays = open_arrays(folder, cache)
         self.letters = {name: entries[name].letters if name in entries else "E" for name in self._arrays}
         self.dtypes = {name: np.dtype(array.dtype.numpy_dtype) for name, array in self._arrays.items()}
         wanted = {n: tuple(leaf.shape) for n, leaf in named_leaves(mixtral.abstract(self.config.model)).items()}
@@ -52,7 +52,7 @@ class Ours:
 
     def block(self, name: str, block: Block) -> np.ndarray:
         """See weights.Weights, as for the other methods."""
-        with _explained(self.where):
+        with explained(self.where):
             return self._arrays[name][layout.block_index(name, self.letters[name], block)].read().result()
 
     def tokenizer_file(self) -> Path | None:
@@ -66,7 +66,7 @@ class Ours:
         self._arrays.clear()
 
 
-def _open(folder: Path, cache: int) -> dict[str, ts.TensorStore]:
+def open_arrays(folder: Path, cache: int) -> dict[str, ts.TensorStore]:
     """Opens the arrays of a checkpoint's item by their names, sharing so many bytes of cache."""
     metadata = json.loads((folder / "_METADATA").read_text())
     name = str(folder)
@@ -82,7 +82,8 @@ def _open(folder: Path, cache: int) -> dict[str, ts.TensorStore]:
 
 
 @contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def explained(folder: Path) -> Iterator[None]:
+    """Says of a failing read which folder it was."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -7,15 +7,16 @@ from typing import Protocol
 import ml_dtypes
 import numpy as np
 
-from mixtral_jax.config import Config
+from mixtral_jax import lora_base
+from mixtral_jax.config import Config, from_config_dict
 from mixtral_jax.convert import layout
 from mixtral_jax.convert.foreign import Foreign
 from mixtral_jax.convert.layout import Block
+from mixtral_jax.convert.merged import BIAS, Chance, Merged
 from mixtral_jax.convert.ours import Ours
 from mixtral_jax.remote import is_remote
-from mixtral_jax.resolve import FOREIGN, is_foreign, resolve_checkpoint
-
-BIAS = "layers.router_bias_E"
+from mixtral_jax.resolve import FOREIGN, Checkpoint, is_foreign, resolve_checkpoint
+from mixtral_jax.workdir import load_run
 
 
 class Weights(Protocol):
@@ -25,7 +26,7 @@ class Weights(Protocol):
         where: the directory, for messages.
         config: the whole configuration; of foreign files the model's part is read and the rest is default.
         size: letter -> size.
-        dtypes: parameter -> stored dtype.
+        dtypes: parameter -> dtype of what `block` reads, which is the stored one; float32 where adapters are merged.
         letters: parameter -> the letters of the file's tensor; the first is what blocks are cut along.
     """
 
@@ -36,7 +37,7 @@ class Weights(Protocol):
     letters: dict[str, str]
 
     def block(self, name: str, block: Block) -> np.ndarray:
-        """Reads a block of a parameter, in its stored dtype and our order of dimensions."""
+        """Reads a block of a parameter, in its dtype and our order of dimensions."""
 
     def tokenizer_file(self) -> Path | None:
         """The SentencePiece model, if there is one."""
@@ -48,16 +49,41 @@ class Weights(Protocol):
         """Releases the files."""
 
 
+def written_dtypes(weights: Weights) -> dict[str, np.dtype]:
+    """In which dtypes files of these weights are written by default: as stored; merged ones as the base is stored."""
+    return weights.base_dtypes if isinstance(weights, Merged) else weights.dtypes
+
+
+def check_base(weights: Weights) -> None:
+    """After all blocks were read once: refuses merged weights whose base is not the one of the training.
+
+    Raises:
+        UserError: both are named.
+    """
+    if isinstance(weights, Merged):
+        weights.check_base()
+
+
 def open_weights(where: str | Path) -> Weights:
     """Opens a checkpoint of any kind; a directory of others may be named with or without `hf:`.
 
     Raises:
-        UserError: it is none that we know, or damaged.
+        UserError: it is none that we know, or damaged; or the base of adapters is not there.
     """
     here = not str(where).startswith(FOREIGN) and not is_remote(where)
     foreign = here and is_foreign(Path(where).expanduser())
-    found = resolve_checkpoint(f"{FOREIGN}{where}" if foreign else where)
-    return Foreign(found.folder) if found.step is None else Ours(found)
+    return open_checkpoint(resolve_checkpoint(f"{FOREIGN}{where}" if foreign else where))
+
+
+def open_checkpoint(found: Checkpoint) -> Weights:
+    """Opens a resolved checkpoint, to be read once in the order of `all_blocks`. Of a LoRA run it gives merged weights."""
+    if found.step is None:
+        return Foreign(found.folder)
+    config = from_config_dict(load_run(found.folder))
+    if config.lora.rank == 0:
+        return Ours(found)
+    source = lora_base.base_of(found, config)
+    return Merged(found, config, Chance(found, config) if source is None else open_checkpoint(source))
 
 
 def ordered(names) -> list[str]:

@@ -1,17 +1,44 @@
-"""Evaluations of a checkpoint. EVALS maps a name to a function (config, corpus, model) -> {metric: value}."""
+"""Evaluations of a checkpoint. EVALS maps a name to a function and the stages whose runs it means something for.
 
+The function is (config, corpus, model, meta) -> {metric: value}: the run's configuration for the devices here, its corpus,
+its model with adapters merged, and what the checkpoint notes (load.stored_meta).
+"""
+
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
 import numpy as np
 
 from mixtral_jax.config import Config
 from mixtral_jax.data import Corpus, first_documents, load_tokenizer
 from mixtral_jax.evals import ngram
 from mixtral_jax.evals.perplexity import Perplexity
-from mixtral_jax.evals.preference import Preference
+from mixtral_jax.evals.preference import Preference, heldout_reference
+from mixtral_jax.evals.questions import chosen_answers
+
+logger = logging.getLogger(__name__)
 
 
-def perplexity(config: Config, corpus: Corpus, model) -> dict[str, float]:
-    """Loss, perplexity and bits per byte on the whole held-out split."""
-    return Perplexity(config, corpus.heldout)(model)
+class Eval(NamedTuple):
+    """An evaluation, and the stages of training whose runs it is for."""
+
+    run: Callable
+    stages: tuple[str, ...]
+
+
+def perplexity(config: Config, corpus: Corpus, model, meta: dict | None = None) -> dict[str, float]:
+    """Loss, perplexity and bits per byte on the whole held-out split: of conversations the answers', of pairs the chosen ones'."""
+    del meta
+    heldout = corpus.heldout
+    return Perplexity(config, chosen_answers(heldout) if config.train.stage == "dpo" else heldout)(model)
+
+
+def preference(config: Config, corpus: Corpus, model, meta: dict) -> dict[str, float]:
+    """Preference loss, reward accuracy and margin on the whole held-out split, against the run's own reference."""
+    reference = heldout_reference(config, corpus, meta, jax.sharding.get_mesh(), logger.info)
+    return Preference(config, corpus.heldout, reference)(model)
 
 
 def heldout(config: Config, corpus: Corpus, reference=None):
@@ -27,14 +54,14 @@ BASELINE_TOKENS = 50_000_000
 STREAM_BASELINE_TOKENS = 5_000_000
 
 
-def baselines(config: Config, corpus: Corpus, model=None) -> dict[str, float]:
+def baselines(config: Config, corpus: Corpus, model=None, meta: dict | None = None) -> dict[str, float]:
     """Unigram and bigram models in bits per byte on the held-out split; no model needed.
 
     Counted on the training split, or on its first BASELINE_TOKENS tokens if it is longer (whole documents); of streams
     on the first STREAM_BASELINE_TOKENS, which are read again for it. `baseline_tokens` says on how many. Of conversations
     and pairs, of which only the answers count, there are none.
     """
-    del model
+    del model, meta
     if config.train.stage != "pretrain":
         return {}
     heldout = corpus.heldout
@@ -54,4 +81,8 @@ def baselines(config: Config, corpus: Corpus, model=None) -> dict[str, float]:
     }
 
 
-EVALS = {"perplexity": perplexity, "baselines": baselines}
+EVALS = {
+    "perplexity": Eval(perplexity, ("pretrain", "sft", "dpo")),
+    "baselines": Eval(baselines, ("pretrain",)),
+    "preference": Eval(preference, ("dpo",)),
+}

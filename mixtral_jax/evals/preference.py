@@ -1,17 +1,20 @@
-"""How a policy ranks held-out pairs: reward accuracy and margins against the reference."""
+"""How a model ranks held-out pairs: by likelihood, and by reward against a reference."""
 
 import math
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from mixtral_jax.config import Config
-from mixtral_jax.data import Batches, TokenFile, pack_pairs
+from mixtral_jax import frozen, lora_base
+from mixtral_jax.config import Config, DpoConfig, UserError
+from mixtral_jax.data import Batches, Corpus, TokenFile, pack_pairs
 from mixtral_jax.distributed import rows_here, speaks
 from mixtral_jax.frozen import has_reference
-from mixtral_jax.preference import answers, pair_terms, stored_reference
-from mixtral_jax.reference import add_to
+from mixtral_jax.preference import Answers, answers, pair_losses, pair_terms, stored_reference
+from mixtral_jax.reference import add_to, open_split
 from mixtral_jax.sharding import place
 from mixtral_jax.step import model_of
 
@@ -22,7 +25,111 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     """The 95% confidence interval of a share of n independent trials (Wilson, 1927)."""
     centre, spread = share + Z95**2 / (2 * n), Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
     scale = 1 + Z95**2 / n
-    return (centre - spread) / scale, (centre + spread) / scale
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def heldout_reference(config: Config, corpus: Corpus, meta: dict, mesh, note: Callable) -> np.ndarray | None:
+    """The log-probabilities of a corpus's held-out pairs under the reference of a DPO run, from the cache or computed.
+
+    Args:
+        config: of the run, for the devices here; with the rows (train.seq_len, data.packing) of the corpus.
+        corpus: of pairs, the run's own or others.
+        meta: what the run's checkpoint notes of its reference, see load.stored_meta.
+        mesh: the current mesh.
+        note: shows a line to the user.
+
+    Returns:
+        float32 [n, 2], chosen and rejected; None where the run's loss has no reference.
+
+    Raises:
+        UserError: train.init_from cannot be read, or holds other weights than the run began with.
+    """
+    if not has_reference(config):
+        return None
+    noted, kept = meta.get("frozen"), []
+
+    def weights():
+        if not kept:
+            try:
+                kept.append(frozen.weights(config, mesh))
+            except UserError as error:
+                raise UserError(
+                    f"the reference of a DPO run is what it started from, train.init_from: {error}"
+                ) from error
+            frozen.check(config, noted, lora_base.record(config, kept[0]))
+        return kept[0]
+
+    # What the checkpoint notes is enough to find the log-probabilities in the cache; the weights need not be there.
+    fingerprints = (noted or lora_base.record(config, weights()))["fingerprints"]
+    return open_split(config, corpus, "heldout", fingerprints, weights, mesh, note)
+
+
+def share(name: str, hits: np.ndarray) -> dict[str, float]:
+    """The share of trials that are hits, bool [n], under a name, and its 95% interval."""
+    mean = float(hits.mean())
+    low, high = wilson(mean, len(hits))
+    return {name: mean, f"{name}_low": low, f"{name}_high": high}
+
+
+def answer_tokens(pairs: TokenFile) -> np.ndarray:
+    """The trained tokens of each answer, EOS included: int64 [n, 2], chosen and rejected."""
+    trained = np.concatenate([[0], np.cumsum(np.asarray(pairs.weights) > 0)])
+    return np.diff(trained[pairs.offsets]).reshape(-1, 2)
+
+
+def likelihood_ranking(log_probs: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
+    """How often a model finds the chosen answer likelier than the rejected one; a tie counts as not.
+
+    Args:
+        log_probs: float32 [n, 2], chosen and rejected, summed over an answer's tokens.
+        tokens: int [n, 2], their numbers.
+
+    Returns:
+        summed and mean: the shares of pairs by summed and by mean log-probability, each with its 95% interval _low to
+        _high; chosen_logp and rejected_logp: nats an answer; pairs.
+    """
+    mean = log_probs / np.maximum(tokens, 1)
+    return {
+        **share("summed", log_probs[:, 0] > log_probs[:, 1]),
+        **share("mean", mean[:, 0] > mean[:, 1]),
+        "chosen_logp": float(log_probs[:, 0].mean()),
+        "rejected_logp": float(log_probs[:, 1].mean()),
+        "pairs": len(log_probs),
+    }
+
+
+def reward_ranking(
+    config: DpoConfig, log_probs: np.ndarray, tokens: np.ndarray, reference: np.ndarray | None
+) -> dict[str, float]:
+    """How a policy's rewards rank the pairs, as `Preference` has them, with intervals of both.
+
+    Args:
+        config: of the run: its loss and beta decide what a reward is.
+        log_probs, tokens: see `likelihood_ranking`.
+        reference: the reference's log-probabilities, float32 [n, 2]; None for a loss without one.
+
+    Returns:
+        loss (the preference loss); accuracy and margin, each with its 95% interval _low to _high; chosen_reward and
+        rejected_reward: means over pairs.
+    """
+
+    def packed(log_probs: np.ndarray) -> Answers:
+        columns = (*log_probs.T, *tokens.T.astype(np.float32))
+        return Answers(*(jnp.asarray(column)[None] for column in columns))
+
+    found = pair_losses(packed(log_probs), None if reference is None else packed(reference), config)
+    loss, chosen, rejected = (np.asarray(part[0], np.float64) for part in found)
+    margin = chosen - rejected
+    spread = Z95 * margin.std(ddof=1) / math.sqrt(len(margin)) if len(margin) > 1 else math.inf
+    return {
+        "loss": float(loss.mean()),
+        **share("accuracy", chosen > rejected),
+        "margin": float(margin.mean()),
+        "margin_low": float(margin.mean() - spread),
+        "margin_high": float(margin.mean() + spread),
+        "chosen_reward": float(chosen.mean()),
+        "rejected_reward": float(rejected.mean()),
+    }
 
 
 class Preference:

@@ -9,9 +9,9 @@ from mixtral_jax.config import AXES, UserError
 from mixtral_jax.generate.terminal import converse, say, show
 
 EPILOG = """examples:
-  python -m mixtral_jax.generate --checkpoint=runs/demo --prompt='def main(' --max_tokens=64
-  python -m mixtral_jax.generate --checkpoint=runs/demo --prompt='import ' --temperature=0.8 --top_p=0.95 --num_samples=3
-  python -m mixtral_jax.generate --checkpoint=runs/demo --prompt='class A' --prompt='for i in' --stop='\\n\\n'
+  python -m mixtral_jax.generate --checkpoint=runs/demo/pretrain --prompt='def main(' --max_tokens=64
+  python -m mixtral_jax.generate --checkpoint=runs/demo/pretrain --prompt='import ' --temperature=0.8 --top_p=0.95 --num_samples=3
+  python -m mixtral_jax.generate --checkpoint=runs/demo/pretrain --prompt='class A' --prompt='for i in' --stop='\\n\\n'
   python -m mixtral_jax.generate --checkpoint=hf:Mixtral-8x7B-v0.1 --prompt='def ' --mesh=expert=4,tensor=2
   python -m mixtral_jax.generate --checkpoint=hf:Mixtral-8x7B-Instruct-v0.1 --chat --system='Be brief.'
 

@@ -154,29 +154,28 @@ def freeze(model):
     return jax.tree_util.tree_map_with_path(cast, model)
 
 
-def merge(base, adapters: Adapters, donate: bool = False):
-    """Plain weights W + scale A B, the sum in float32 and then cast to the base's dtype, one layer's after another's.
+def merge(base, adapters: Adapters, like=None, donate: bool = False):
+    """Plain weights W + scale A B, the sum in float32 and then cast, one layer's after another's.
 
     Args:
         base: a Mixtral.
         adapters: of the same model.
-        donate: the adapted weights of the base are given up, so that no second copy of them exists.
+        like: a Mixtral whose dtypes the result has; default: the base's own.
+        donate: the base is given up, so that no second copy exists of the adapted weights whose dtype stays.
 
     Returns:
         a Mixtral on the base's shardings, without adapters.
     """
-    pairs = factors(adapters.config)
-    deltas = named_leaves(adapters)
-    add = jax.jit(_merge_stack, static_argnums=(3, 4), donate_argnums=0 if donate else ())
-
-    def leaf(path, w):
-        name = path_names(path)[-1]
-        if name not in pairs:
-            return w
-        a, b = (deltas[f"layers.{factor}"] for factor in pairs[name])
-        return add(w, a, b, name, scale(adapters.config))
-
-    return jax.tree_util.tree_map_with_path(leaf, base)
+    pairs, deltas, old = factors(adapters.config), named_leaves(adapters), named_leaves(base)
+    wanted = {name: jnp.dtype(leaf.dtype) for name, leaf in named_leaves(base if like is None else like).items()}
+    adapted = {name: pairs[name.rpartition(".")[2]] for name in old if name.rpartition(".")[2] in pairs}
+    low = {name: [deltas[f"layers.{factor}"] for factor in ab] for name, ab in adapted.items()}
+    given = {name: old[name] for name in low if donate and old[name].dtype == wanted[name]}
+    kept = {name: old[name] for name in low if name not in given}
+    dtypes = tuple((name, wanted[name].name) for name in low)
+    merged = _merge(given, kept, low, scale(adapters.config), dtypes)
+    leaves = [merged[name] if name in merged else leaf.astype(wanted[name]) for name, leaf in old.items()]
+    return jax.tree.unflatten(jax.tree.structure(base), leaves)
 
 
 def merge_layer(block):
@@ -184,23 +183,30 @@ def merge_layer(block):
     config = block.lora.config
     for name, (a, b) in factors(config).items():
         w, *ab = (getattr(owner, n)[...] for owner, n in ((block, name), (block.lora, a), (block.lora, b)))
-        setattr(block, name, nnx.Param(_merged(w, *ab, name, scale(config))))
+        setattr(block, name, nnx.Param(_merged(w, *ab, name, scale(config)).astype(w.dtype)))
     del block.lora
 
 
-def _merge_stack(w, a, b, name: str, scale: float):
-    """One parameter of all layers. The float32 temporaries are one layer's."""
-    merged = lax.map(lambda one: _merged(*one, name, scale), (w, a, b))
-    if jax.sharding.get_abstract_mesh().empty:
-        return merged
-    return lax.with_sharding_constraint(merged, param_spec(name, merged.ndim))
+@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
+def _merge(given: dict, kept: dict, low: dict, scale: float, dtypes: tuple[tuple[str, str], ...]) -> dict:
+    """The stacked weights `given` (donated) and `kept` with their factors `low`. The float32 temporaries are one layer's."""
+
+    def stack(name: str, dtype: str):
+        letters = name.rpartition(".")[2]
+        inputs = ((given | kept)[name], *low[name])
+        merged = lax.map(lambda one: _merged(*one, letters, scale).astype(dtype), inputs)
+        if jax.sharding.get_abstract_mesh().empty:
+            return merged
+        return lax.with_sharding_constraint(merged, param_spec(letters, merged.ndim))
+
+    return {name: stack(name, dtype) for name, dtype in dtypes}
 
 
 def _merged(w, a, b, name: str, scale: float):
-    """W + scale A B of one layer: the product and the sum in float32, the result in w's dtype."""
+    """W + scale A B of one layer, float32."""
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     delta = jnp.einsum(merge_equation(name), a, b, precision=lax.Precision.HIGHEST)
-    return (w.astype(jnp.float32) + scale * delta).astype(w.dtype)
+    return w.astype(jnp.float32) + scale * delta
 
 
 def merge_equation(name: str) -> str:

@@ -236,10 +236,17 @@ def experts(
 
 def _gather(arrays, names) -> list:
     """Inside shard_map: parameters whole in D, the letter that is split over `fsdp`; one without D is whole there."""
-    return [
-        lax.all_gather(a, "fsdp", axis=suffix(name).index("D"), tiled=True) if "D" in suffix(name) else a
-        for a, name in zip(arrays, names, strict=True)
-    ]
+
+    def whole(a, letters: str):
+        if "D" not in letters:
+            return a
+        axis = letters.index("D")
+        if a.shape[0] == 1:
+            # One expert here: as a matrix, for with that axis of 1 libtpu makes an all-reduce of the gradient's scatter.
+            return lax.all_gather(a[0], "fsdp", axis=axis - 1, tiled=True)[None]
+        return lax.all_gather(a, "fsdp", axis=axis, tiled=True)
+
+    return [whole(a, suffix(name)) for a, name in zip(arrays, names, strict=True)]
 
 
 def local_separate_experts(x_BTD, gates_BTK, index_BTK, weights_e, config: ModelConfig):

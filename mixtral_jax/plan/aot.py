@@ -155,8 +155,8 @@ def lower(config: Config, mesh):
         donate_argnums=0,
         out_shardings=(shardings, replicated(mesh)),
     )
+    still = frozen.abstract(config, mesh) if frozen.stays(config) else None
     with jax.set_mesh(mesh):
-        still = frozen.abstract(config, mesh) if frozen.stays(config) else None
         return step.lower(like, abstract_batch(config, mesh), still), like
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -195,11 +196,13 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
+# Sizes that occur nowhere but in the weights.
+SIZES = dict(d_model=44, num_heads=4, num_kv_heads=2, head_dim=22, d_ff=52, num_experts=6, vocab_size=118)
+
+
 def test_the_base_gets_no_gradient_product():
     """No matmul makes an array of a weight's shape, where the gradient in all weights has one for each."""
-    # Sizes that occur nowhere but in the weights.
-    sizes = dict(d_model=44, num_heads=4, num_kv_heads=2, head_dim=22, d_ff=52, num_experts=6, vocab_size=118)
-    changes = {f"model__{key}": value for key, value in sizes.items()}
+    changes = {f"model__{key}": value for key, value in SIZES.items()}
     config = lora_config(model__remat="full", model__expert_block=7, **changes)
     c, batch = config.model, random_batch(config)
     base, adapters = mixtral.abstract(c), lora.abstract(c, config.lora)
@@ -217,6 +220,22 @@ def test_the_base_gets_no_gradient_product():
     weights = {tuple(sorted(shape)) for shape in shapes}
     assert weights <= products(base, lambda params, _: params), "the test must see them where they are"
     assert not weights & products(adapters, lambda params, base: lora.attach(base, params))
+
+
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["adapters", "all_weights"])
+def test_without_expert_adapters_the_experts_gradients_are_dropped(full):
+    """The experts' own kernel would make them; nobody reads them, and the compiled program has no product of D x F."""
+    changes = {f"model__{key}": value for key, value in SIZES.items()}
+    config = lora_config(model__remat="full", model__expert_block=7, lora__targets=("attention",), **changes)
+    base, adapters = mixtral.abstract(config.model), lora.abstract(config.model, config.lora)
+
+    def loss_fn(params, base, batch):
+        model = params if full else lora.attach(base, params)
+        return pretrain_loss(model, batch, Totals.of(batch), config.loss)[0]
+
+    lowered = jax.jit(jax.grad(loss_fn)).lower(base if full else adapters, base, random_batch(config))
+    products = re.findall(r"= f32\[(?:44,52|52,44)\]\S* dot\(", lowered.compile().as_text())
+    assert len(products) == (3 if full else 0), "gate, up and down"
 
 
 def test_the_plain_model_is_not_touched():
