@@ -3,7 +3,6 @@
 Needs requirements-parity.txt.
 """
 
-import functools
 import itertools
 import os
 import tempfile
@@ -32,15 +31,13 @@ TEMPLATE = (
 )
 
 
-@functools.cache
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """One word per id: "w7" is 7. As with Mixtral there is no padding token, so trl pads with EOS."""
+    """One word per id: "w7" is 7. Padding is EOS: Mixtral has none, trl's DPO and SFT then take EOS, and CPO raises."""
     words = {word(i): i for i in range(SHAPE["vocab_size"])}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=word(0)))
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token=word(0), bos_token=word(BOS), eos_token=word(EOS), chat_template=TEMPLATE
-    )
+    special = dict(unk_token=word(0), bos_token=word(BOS), eos_token=word(EOS), pad_token=word(EOS))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, chat_template=TEMPLATE, **special)
 
 
 def word(i: int) -> str:
