@@ -65,8 +65,8 @@ def fit(
         )
     distributed.same(_flat(config), "start all with the same command")
     with (
-        held_by_all(workdir) as local,
         Interrupt("run the same command again to go on", watch.ask_to_stop) as interrupt,
+        held_by_all(workdir) as local,
     ):
         with _memory_explained(config), _files_explained():
             run = start(config, local, make_heldout, workdir)

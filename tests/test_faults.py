@@ -49,7 +49,9 @@ def reached(workdir: Path, step: int):
     return lambda: max(steps_logged(workdir), default=0) >= step
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["sigterm", "sigint"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=["sigterm", "sigint"]
+)
 def test_a_signal_saves_and_stops_and_the_same_command_goes_on(tmp_path, changes, launch, number):
     workdir = tmp_path / "run"
     process = launch(command(workdir, train__steps=100_000, **changes))
@@ -165,6 +167,7 @@ def test_a_full_disk_stops_the_run_and_harms_no_checkpoint(tmp_path, changes, la
     assert left == {str(step) for step in steps_in(workdir / "checkpoints")}, "what failed leaves nothing behind"
 
 
+@pytest.mark.slow
 def test_a_full_disk_does_not_stop_a_run_that_was_told_to_go_on(tmp_path, changes, launch, small_disk):
     workdir, straight = small_disk / "run", tmp_path / "straight"
     changes |= dict(train__steps=300, train__checkpoint_every=50, train__checkpoints_to_keep=1)
@@ -211,7 +214,7 @@ def test_a_folder_that_became_read_only(tmp_path, changes, launch, read_only):
     assert steps_in(workdir / "checkpoints")
 
 
-@pytest.mark.parametrize("go_on", [False, True], ids=["stop", "go_on"])
+@pytest.mark.parametrize("go_on", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["stop", "go_on"])
 def test_a_workdir_that_vanished(tmp_path, changes, launch, go_on):
     workdir = tmp_path / "run"
     changes |= dict(

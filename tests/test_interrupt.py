@@ -47,6 +47,7 @@ def test_the_first_signal_waits_and_the_second_does_not(capfd):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.slow
 def test_a_signal_while_a_checkpoint_is_read_does_not_condemn_it(fit, tmp_path, monkeypatch):
     fit("run")
     monkeypatch.setattr(ocp.CheckpointManager, "restore", before(ocp.CheckpointManager.restore, send))
@@ -64,6 +65,7 @@ def test_a_signal_during_an_evaluation_is_obeyed_and_the_step_is_saved(fit, tmp_
     assert (tmp_path / "run" / "report.png").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_during_the_last_evaluation_stops_it_and_the_next_start_makes_it(fit, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(interlude, "finish", before(interlude.finish, send))
@@ -74,6 +76,7 @@ def test_a_signal_during_the_last_evaluation_stops_it_and_the_next_start_makes_i
     assert len(logged(tmp_path / "run", "final")) == len(logged(tmp_path / "run", "heldout")) == 1
 
 
+@pytest.mark.slow
 def test_a_run_stopped_between_its_last_two_lines_writes_each_once(fit, tmp_path):
     fit("run")
     path = tmp_path / "run" / "metrics.jsonl"

@@ -82,6 +82,7 @@ def test_a_run_in_a_bucket_goes_on_from_it_on_another_host(fit, bucket, tmp_path
     assert len(logged(name, "session")) == 2
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_its_mark_is_none(fit, bucket):
     name = bucket / "run"
     fit(name, train__checkpoints_to_keep=2)
@@ -91,6 +92,7 @@ def test_a_checkpoint_without_its_mark_is_none(fit, bucket):
     assert steps_in(name / "checkpoints") == [2, 4], "made again, after what was left of it was cleared away"
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_token_cache_in_a_bucket(fit, tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, str(tmp_path / "stores"))
     install()

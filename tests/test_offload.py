@@ -26,7 +26,7 @@ def trained(**changes):
     "changes",
     [
         dict(model__remat="offload"),
-        dict(optim__offload=True),
+        pytest.param(dict(optim__offload=True), marks=pytest.mark.slow),
         pytest.param(
             dict(model__remat="offload", optim__offload=True, optim__name="muon", train__accumulation_steps=2),
             marks=pytest.mark.slow,

@@ -133,7 +133,7 @@ def test_arrays_are_asked_of_the_store_itself(stores, monkeypatch):
     monkeypatch.setattr(
         ours.ts, "open", lambda spec, **_: asked.append(spec) or types.SimpleNamespace(result=lambda: None)
     )
-    ours._open(remote.folder("gs://bucket/run/checkpoints/2/params"), 0)
+    ours.open_arrays(remote.folder("gs://bucket/run/checkpoints/2/params"), 0)
     assert len(asked) == 13
     for spec in asked:
         base = ours.ts.Spec(spec).to_json()["kvstore"]["base"]

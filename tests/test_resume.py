@@ -24,6 +24,7 @@ def test_a_warm_start_takes_the_weights_and_nothing_else(fit, tmp_path, capfd):
     assert early["loss"] > last["loss"], "the folder of a step is that step and not the newest"
 
 
+@pytest.mark.slow
 def test_a_streamed_run_goes_on_where_its_stream_was(fit, tmp_path, monkeypatch):
     changes = dict(data__streaming=True, train__steps=6)
     fit("straight", **changes)
@@ -43,6 +44,7 @@ def test_a_streamed_run_goes_on_where_its_stream_was(fit, tmp_path, monkeypatch)
     assert logged(tmp_path / "stopped") == logged(tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_a_warm_start_that_was_stopped_goes_on_from_its_own_checkpoint(fit, tmp_path, capfd):
     fit("base")
     fit("warm", train__init_from=str(tmp_path / "base"), train__steps=4)
@@ -92,6 +94,7 @@ def test_a_step_that_is_not_finite_is_skipped_where_that_is_allowed(fit, tmp_pat
     assert all(np.isfinite(line["loss"]) for line in (lines[0], *lines[2:]))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_remembers_what_it_skipped(fit, tmp_path, monkeypatch):
     """The limit is the run's: one step skipped before the restart and one after it are two."""
     with monkeypatch.context() as patch:
@@ -106,6 +109,7 @@ def test_a_resumed_run_remembers_what_it_skipped(fit, tmp_path, monkeypatch):
     assert fit("run", train__skip_nonfinite=2)
 
 
+@pytest.mark.slow
 def test_the_step_after_a_skipped_one_is_what_it_would_be_without_it(fit, tmp_path, monkeypatch):
     """The weights and the moments that step 3 starts from are those after step 1, bit for bit."""
     changes = dict(train__steps=2, train__skip_nonfinite=1, train__checkpoint_every=1, optim__schedule="constant")

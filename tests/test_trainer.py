@@ -95,6 +95,7 @@ def test_four_accumulation_steps_equal_one():
         np.testing.assert_allclose(a["load_LE"], b["load_LE"], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_four_accumulation_steps_equal_one_with_balance_when_micro_batches_are_alike():
     """Rows 4i to 4i + 3 are equal, so that each of the 4 micro-batches has the balance of the whole batch."""
     batches = []
@@ -212,6 +213,7 @@ def test_router_bias_moves_by_counts_and_not_by_gradients():
     np.testing.assert_allclose(bias_LE, rate * np.sign(1 / config.model.num_experts - log[0]["load_LE"]), atol=1e-7)
 
 
+@pytest.mark.slow
 def test_router_bias_balances_the_load():
     """Few distinct tokens crowd few experts; without a balance loss the bias alone spreads them."""
     batches = [random_batch(tiny(), seed) for seed in range(STEPS)]
@@ -262,7 +264,7 @@ def fit(workdir, **overrides):
     return trainer.fit(
         dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=-1)),
         workdir,
-        evals.Perplexity,
+        evals.heldout,
         evals.baselines,
     )
 

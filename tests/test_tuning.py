@@ -111,6 +111,7 @@ def test_where_the_reference_comes_from_changes_nothing(tune, folder, monkeypatc
     assert noted[0]["source"] == str(folder / "base")
 
 
+@pytest.mark.slow
 def test_a_reference_that_was_interrupted_goes_on(tune, folder, monkeypatch, capfd):
     """Killed after its second batch, it begins with the third, and the result is that of one go."""
     shutil.rmtree(folder / "cache" / "reference", ignore_errors=True)
@@ -142,6 +143,7 @@ def test_a_reference_that_was_interrupted_goes_on(tune, folder, monkeypatch, cap
         assert (a < 0).all(), "every pair has its log-probabilities"
 
 
+@pytest.mark.slow
 def test_weights_that_changed_since_are_refused(tune, folder):
     changes = dict(train__init_from=str(folder / "moving"), train__steps=1, train__checkpoint_every=1)
     shutil.copytree(folder / "base", folder / "moving")
@@ -189,6 +191,7 @@ def test_answers_are_shown_before_during_and_after(tune, folder):
     assert (folder / "answers" / "report.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_tuning_without_weights_to_start_from_is_said(tune, capfd):
     tune("random", "sft", train__init_from="", train__steps=1)
     assert "WARNING: train.init_from is empty, so this tunes random weights" in capfd.readouterr().err

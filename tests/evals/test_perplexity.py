@@ -63,6 +63,7 @@ def test_a_mesh_with_context_scores_the_same():
     assert got["loss"] != pytest.approx(np.log(V), rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_limit_reads_batches_spread_over_the_split():
     """Two of the batches are the first and the last one, the last with fewer tokens and no less weight for each."""
     config, mesh = on_mesh(tiny(train__batch_size=4))

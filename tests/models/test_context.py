@@ -39,7 +39,7 @@ def reference(window: int):
 @pytest.mark.parametrize(
     ("axes", "attention", "window"),
     [
-        (MESHES["context2"], "plain", 0),
+        pytest.param(MESHES["context2"], "plain", 0, marks=pytest.mark.slow),
         (MESHES["context2"], "chunked", 7),
         (MESHES["context4"], "chunked", 0),
         (MESHES["context2_fsdp2_expert2"], "chunked", 0),

@@ -117,6 +117,7 @@ def reference():
     return value_and_grad(config, mesh, base_of(config), random_adapters(config))
 
 
+@pytest.mark.slow
 def test_loss_and_gradients_are_those_of_merged_weights():
     """Autodiff through W + scale A B of the plain model, whose gradients are tested against oracles of their own."""
     config, mesh = on_mesh(lora_config())
@@ -288,6 +289,7 @@ def test_only_the_adapters_are_trained():
         assert (np.asarray(new) != np.asarray(old)).any(), name
 
 
+@pytest.mark.slow
 def test_decoding_takes_attached_weights_and_prepare_merges_them():
     config = lora_config()
     base, adapters = base_of(config), random_adapters(config)
