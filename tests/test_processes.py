@@ -162,7 +162,7 @@ def test_sigterm_to_one_process_stops_all_at_the_same_saved_step(tmp_path, chang
     assert process.returncode == 128 + signal.SIGTERM, out
     assert "process 1: SIGTERM: saving after this step" in out
     assert f"stopped by SIGTERM; step {last} is saved in {workdir}/checkpoints/{last}" in out
-    assert steps_in(workdir / "checkpoints") == [last]
+    assert steps_in(workdir / "checkpoints")[-1] == last
     assert "Traceback" not in out
 
 
