@@ -1,16 +1,21 @@
-"""Evaluate a checkpoint, by default a run's newest one, on its own held-out split; or compare several.
+"""Evaluate a checkpoint: a run's workdir or step, or hf:DIR; or set several side by side.
 
     python eval.py --checkpoint=runs/tiny --out=reports/tiny
-    python eval.py --checkpoint=runs/tiny --evals=perplexity --step=200 --out=reports/tiny
+    python eval.py --checkpoint=runs/tiny --evals=perplexity,routing --step=200 --out=reports/tiny
+    python eval.py --checkpoint=hf:Mixtral-8x7B-v0.1 --evals=passkey,context --mesh=expert=8 --out=reports/8x7b
     python eval.py --compare runs/demo/pretrain runs/demo/sft runs/demo/dpo --out=runs/demo/comparison
 
-Prints a table and writes results.json into --out; a comparison writes comparison.json, comparison.md and comparison.png.
+Prints tables; writes results.json, report.md and report.html (one file, no network) into --out. The same command again
+goes on where an interrupted one was. See docs/evaluation.md.
 """
+
+import dataclasses
 
 from absl import flags
 
 from mixtral_jax import cli
-from mixtral_jax.config import UserError
+from mixtral_jax.config import UserError, mesh_sizes
+from mixtral_jax.evals.settings import Settings, read_settings
 
 cli.define_process_flags()
 _CHECKPOINT = flags.DEFINE_string(
@@ -20,13 +25,40 @@ _STEP = flags.DEFINE_string(
     "step", None, "Of a workdir, which checkpoint: a number, or best (lowest held-out loss); default: the newest."
 )
 _EVALS = flags.DEFINE_list(
-    "evals", None, "Which evaluations, separated by commas; default: all that mean something for the run's stage."
+    "evals", None, "Which evaluations, separated by commas, or all; default: the short ones that fit the run's stage."
 )
 _COMPARE = cli.define_several(
     "compare", "Checkpoints to compare on the held-out data of the last tuned one: the base first, then SFT, DPO."
 )
 _QUESTIONS = flags.DEFINE_integer("questions", 5, "With --compare: held-out questions that every model answers.")
 _OUT = flags.DEFINE_string("out", None, "Folder for the results, for example reports/tiny.")
+_MESH = flags.DEFINE_string(
+    "mesh", None, "Axes of the mesh over the devices here: expert=4,tensor=2 (default: fsdp=-1)."
+)
+
+
+def _define(field: dataclasses.Field) -> None:
+    """A flag for a field of Settings."""
+    default, words = field.default, field.metadata["help"]
+    if isinstance(default, tuple):
+        flags.DEFINE_list(field.name, [str(item) for item in default], words)
+    else:
+        kinds = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, str: flags.DEFINE_string}
+        kinds[type(default)](field.name, default, words)
+
+
+for _field in dataclasses.fields(Settings):
+    _define(_field)
+
+
+def _settings() -> Settings:
+    """The settings that the flags give.
+
+    Raises:
+        UserError: an item of a list is no number where one is meant.
+    """
+    given = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Settings)}
+    return read_settings(given)
 
 
 def main() -> None:
@@ -40,6 +72,7 @@ def main() -> None:
             "--compare takes all checkpoints by itself and has measurements of its own: leave --checkpoint, --evals and a number "
             "in --step out (WORKDIR/checkpoints/STEP names a step)"
         )
+    settings, sizes = _settings(), mesh_sizes(_MESH.value)
     from mixtral_jax import compilation_cache
     from mixtral_jax.evals import compare, run
     from mixtral_jax.resolve import parse_step
@@ -50,7 +83,7 @@ def main() -> None:
     if several:
         compare.compare(several, _OUT.value, _QUESTIONS.value, step)
     else:
-        run.evaluate(_CHECKPOINT.value, step, _EVALS.value, _OUT.value)
+        run.evaluate(_CHECKPOINT.value, step, _EVALS.value, _OUT.value, settings, sizes)
 
 
 if __name__ == "__main__":

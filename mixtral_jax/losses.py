@@ -77,12 +77,7 @@ def token_losses(x_BTD, head_DV, targets_BT, chunk: int):
 
 def _local_losses(x_BTD, head_DV, targets_BT, chunk: int, over: str | None):
     """`token_losses` of the tokens and the part of V that are here; the other parts are over this mesh axis."""
-    b, t, d = x_BTD.shape
-    chunk = min(chunk, t)
-    count = -(-t // chunk)
-    pad = count * chunk - t
-    x_BTD = jnp.pad(x_BTD, ((0, 0), (0, pad), (0, 0))).reshape(b, count, chunk, d)
-    targets_BT = jnp.pad(targets_BT, ((0, 0), (0, pad))).reshape(b, count, chunk)
+    b, t, _ = x_BTD.shape
     # float32 here and cast in the chunk, so that the gradients of all chunks are summed in float32.
     head_DV = head_DV.astype(jnp.float32)
     first = lax.axis_index(over) * head_DV.shape[1] if over else 0
@@ -100,9 +95,64 @@ def _local_losses(x_BTD, head_DV, targets_BT, chunk: int, over: str | None):
         log_z_BC = max_BC + jnp.log(sum_BC)
         return None, (log_z_BC - target_BC, log_z_BC)
 
-    inputs = (jnp.moveaxis(x_BTD, 1, 0), jnp.moveaxis(targets_BT, 1, 0))
-    _, outputs = lax.scan(one_chunk, None, inputs)
+    _, outputs = lax.scan(one_chunk, None, (_chunks(x_BTD, chunk), _chunks(targets_BT, chunk)))
     return tuple(jnp.moveaxis(a, 0, 1).reshape(b, -1)[:, :t] for a in outputs)
+
+
+def token_scores(x_BTD, head_DV, targets_BT, chunk: int):
+    """Log-probability of every target and whether it is the likeliest token; for evaluation, without a backward pass.
+
+    Args:
+        x_BTD, head_DV, targets_BT, chunk: see `token_losses`.
+
+    Returns:
+        log_prob_BT: float32, nats; greedy_BT: bool, of equally likely tokens the one of the lowest id counts as the likeliest.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return _local_scores(x_BTD, head_DV.astype(x_BTD.dtype), targets_BT, chunk, over=None)
+
+    def local(x_btD, head_dv, targets_bt):
+        head_Dv = lax.all_gather(head_dv.astype(x_btD.dtype), "fsdp", axis=0, tiled=True)
+        return _local_scores(x_btD, head_Dv, targets_bt, chunk, over="tensor")
+
+    sharded = jax.shard_map(
+        local,
+        in_specs=(act_spec("BTD"), param_spec("head_DV", 2), act_spec("BT")),
+        out_specs=(act_spec("BT"), act_spec("BT")),
+        check_vma=False,  # as in token_losses
+    )
+    return sharded(x_BTD, head_DV, targets_BT)
+
+
+def _local_scores(x_BTD, head_DV, targets_BT, chunk: int, over: str | None):
+    """`token_scores` of the tokens and the part of V that are here; the other parts are over this mesh axis."""
+    first = lax.axis_index(over) * head_DV.shape[1] if over else 0
+
+    def one_chunk(inputs):
+        x_BCD, targets_BC = inputs
+        logits_BCV = jnp.einsum("BCD,DV->BCV", x_BCD, head_DV, preferred_element_type=jnp.float32)
+        max_BC, best_BC = logits_BCV.max(-1), logits_BCV.argmax(-1).astype(jnp.int32) + first
+        if over:
+            top_BC = lax.pmax(max_BC, over)
+            best_BC = lax.pmin(jnp.where(max_BC == top_BC, best_BC, jnp.iinfo(jnp.int32).max), over)
+            max_BC = top_BC
+        hit_BCV = (targets_BC - first)[..., None] == jnp.arange(logits_BCV.shape[-1])[None, None, :]
+        sums = jnp.exp(logits_BCV - max_BC[..., None]).sum(-1), jnp.where(hit_BCV, logits_BCV, 0).sum(-1)
+        sum_BC, target_BC = lax.psum(sums, over) if over else sums
+        return target_BC - max_BC - jnp.log(sum_BC), best_BC == targets_BC
+
+    b, t, _ = x_BTD.shape
+    outputs = lax.map(one_chunk, (_chunks(x_BTD, chunk), _chunks(targets_BT, chunk)))
+    return tuple(jnp.moveaxis(a, 0, 1).reshape(b, -1)[:, :t] for a in outputs)
+
+
+def _chunks(array, chunk: int):
+    """Cuts axis 1, padded, into pieces of `chunk`, which become the first axis."""
+    chunk = min(chunk, array.shape[1])
+    count = -(-array.shape[1] // chunk)
+    pad = [(0, 0), (0, count * chunk - array.shape[1])] + [(0, 0)] * (array.ndim - 2)
+    return jnp.moveaxis(jnp.pad(array, pad).reshape(array.shape[0], count, chunk, *array.shape[2:]), 1, 0)
 
 
 def load_balance(stats_L: RouterStats, k: int, mode: str):

@@ -4,7 +4,7 @@ Nothing in this package touches a device: a bad configuration is refused before 
 """
 
 from mixtral_jax.config.checks import divisors, validate
-from mixtral_jax.config.mesh import resolve_mesh
+from mixtral_jax.config.mesh import mesh_sizes, resolve_mesh
 from mixtral_jax.config.read import from_config_dict
 from mixtral_jax.config.types import (
     AXES,
@@ -46,6 +46,7 @@ __all__ = [
     "divisors",
     "from_config_dict",
     "key_list",
+    "mesh_sizes",
     "resolve_mesh",
     "validate",
 ]

@@ -1,9 +1,27 @@
-"""The checks that need the number of devices."""
+"""The mesh: what commands say of it, and the checks that need the number of devices."""
 
 import dataclasses
+import re
 
 from mixtral_jax.config.checks import divisible, require
-from mixtral_jax.config.types import SPLASH_BLOCK, Config, MeshConfig, UserError
+from mixtral_jax.config.types import AXES, SPLASH_BLOCK, Config, MeshConfig, UserError
+
+
+def mesh_sizes(text: str | None) -> dict[str, int] | None:
+    """Reads --mesh of a command: AXIS=SIZE,..., a size may be -1; None stays None.
+
+    Raises:
+        UserError: it says something else.
+    """
+    if text is None:
+        return None
+    sizes = {}
+    for item in text.split(","):
+        axis, _, size = item.partition("=")
+        if axis not in AXES or not re.fullmatch(r"-1|\d{1,9}", size):
+            raise UserError(f"--mesh={text}: {item!r} is no AXIS=SIZE; axes are {', '.join(AXES)}, a size may be -1")
+        sizes[axis] = int(size)
+    return sizes
 
 
 def resolve_mesh(config: Config, num_devices: int) -> Config:

@@ -1,44 +1,70 @@
-"""Evaluations of a checkpoint. EVALS maps a name to a function and the stages whose runs it means something for.
+"""Evaluations of a model. EVALS maps a name to what runs it, what draws it, and the stages whose runs it means something for.
 
-The function is (config, corpus, model, meta) -> {metric: value}: the run's configuration for the devices here, its corpus,
-its model with adapters merged, and what the checkpoint notes (load.stored_meta).
+An evaluation is an iterator of named results: it takes a Subject and yields (metric, value), values that go through JSON.
+What a report shows is made of those values alone. The results are the same on all processes.
 """
 
 import logging
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from mixtral_jax.config import Config
 from mixtral_jax.data import Corpus, first_documents, load_tokenizer
 from mixtral_jax.evals import ngram
+from mixtral_jax.evals.blocks import Block, Table
 from mixtral_jax.evals.perplexity import Perplexity
 from mixtral_jax.evals.preference import Preference, heldout_reference
 from mixtral_jax.evals.questions import chosen_answers
+from mixtral_jax.evals.settings import Settings
+from mixtral_jax.evals.subject import Subject
 
 logger = logging.getLogger(__name__)
 
 
 class Eval(NamedTuple):
-    """An evaluation, and the stages of training whose runs it is for."""
+    """An evaluation."""
 
-    run: Callable
-    stages: tuple[str, ...]
+    run: Callable[[Subject], Iterator[tuple[str, Any]]]
+    stages: tuple[str, ...]  # of training whose runs it is for
+    report: Callable[[dict[str, dict]], list[Block]]  # {model: results} -> what a report shows of them, side by side
+    check: Callable[[Config, Settings], None] | None = (
+        None  # refuses settings that cannot work, before weights are read
+    )
+    default: bool = True  # runs where nobody says which; False: it is long, or wants data
 
 
-def perplexity(config: Config, corpus: Corpus, model, meta: dict | None = None) -> dict[str, float]:
+def scalars(title: str) -> Callable[[dict[str, dict]], list[Block]]:
+    """A report of all that is a number: metrics by models."""
+
+    def blocks(found: dict[str, dict]) -> list[Block]:
+        names = dict.fromkeys(
+            name for each in found.values() for name, value in each.items() if isinstance(value, int | float)
+        )
+        rows = [[name, *(each.get(name) for each in found.values())] for name in names]
+        return [Table(title, ["metric", *found], rows)]
+
+    return blocks
+
+
+def perplexity(subject: Subject) -> Iterator[tuple[str, Any]]:
     """Loss, perplexity and bits per byte on the whole held-out split: of conversations the answers', of pairs the chosen ones'."""
-    del meta
-    heldout = corpus.heldout
-    return Perplexity(config, chosen_answers(heldout) if config.train.stage == "dpo" else heldout)(model)
+    config, split = subject.config, subject.corpus.heldout
+    split = chosen_answers(split) if config.train.stage == "dpo" else split
+    yield from Perplexity(config, split)(subject.model).items()
 
 
-def preference(config: Config, corpus: Corpus, model, meta: dict) -> dict[str, float]:
+def preference(subject: Subject) -> Iterator[tuple[str, Any]]:
     """Preference loss, reward accuracy and margin on the whole held-out split, against the run's own reference."""
-    reference = heldout_reference(config, corpus, meta, jax.sharding.get_mesh(), logger.info)
-    return Preference(config, corpus.heldout, reference)(model)
+    config, corpus = subject.config, subject.corpus
+    reference = heldout_reference(config, corpus, subject.meta, subject.mesh, subject.note)
+    yield from Preference(config, corpus.heldout, reference)(subject.model).items()
+
+
+def ngrams(subject: Subject) -> Iterator[tuple[str, Any]]:
+    """See `baselines`."""
+    yield from baselines(subject.config, subject.corpus).items()
 
 
 def heldout(config: Config, corpus: Corpus, reference=None):
@@ -54,14 +80,13 @@ BASELINE_TOKENS = 50_000_000
 STREAM_BASELINE_TOKENS = 5_000_000
 
 
-def baselines(config: Config, corpus: Corpus, model=None, meta: dict | None = None) -> dict[str, float]:
+def baselines(config: Config, corpus: Corpus) -> dict[str, float]:
     """Unigram and bigram models in bits per byte on the held-out split; no model needed.
 
     Counted on the training split, or on its first BASELINE_TOKENS tokens if it is longer (whole documents); of streams
     on the first STREAM_BASELINE_TOKENS, which are read again for it. `baseline_tokens` says on how many. Of conversations
     and pairs, of which only the answers count, there are none.
     """
-    del model, meta
     if config.train.stage != "pretrain":
         return {}
     heldout = corpus.heldout
@@ -82,7 +107,7 @@ def baselines(config: Config, corpus: Corpus, model=None, meta: dict | None = No
 
 
 EVALS = {
-    "perplexity": Eval(perplexity, ("pretrain", "sft", "dpo")),
-    "baselines": Eval(baselines, ("pretrain",)),
-    "preference": Eval(preference, ("dpo",)),
+    "perplexity": Eval(perplexity, ("pretrain", "sft", "dpo"), scalars("Perplexity")),
+    "baselines": Eval(ngrams, ("pretrain",), scalars("Counts of words and pairs of words on the same text")),
+    "preference": Eval(preference, ("dpo",), scalars("Reward accuracy and margins")),
 }

@@ -2,80 +2,172 @@
 
 import dataclasses
 import json
+import logging
+import os
 import platform
+import shutil
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from mixtral_jax import distributed
 from mixtral_jax.config import Config, UserError
 from mixtral_jax.data import Corpus
-from mixtral_jax.evals import EVALS
+from mixtral_jax.evals import EVALS, pages
+from mixtral_jax.evals.settings import Settings
+from mixtral_jax.evals.subject import Subject
 from mixtral_jax.load import load, stored_config, stored_corpus, stored_meta, stored_tokenizer
 from mixtral_jax.resolve import Checkpoint, resolve_checkpoint
 from mixtral_jax.stages import STAGES
 
+logger = logging.getLogger(__name__)
+
+ALL = "all"
+UNFINISHED = "unfinished"  # the folder of finished pieces of evaluations that are not
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def evaluate(spec: str, step: int | str | None, names: list[str] | None, out: str) -> dict[str, dict[str, float]]:
-    """Runs evaluations on a checkpoint (see resolve.py), prints a table, and writes OUT/results.json.
+def evaluate(
+    spec: str,
+    step: int | str | None,
+    names: list[str] | None,
+    out: str,
+    settings: Settings | None = None,
+    mesh_sizes: dict[str, int] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Runs evaluations on a checkpoint (see resolve.py), prints a table, and writes the reports.
 
     Args:
         spec, step: the checkpoint.
-        names: of EVALS; None: all that mean something for the run's stage.
-        out: a folder.
+        names: of EVALS; None: all that mean something for the run's stage and are neither long nor want data; "all".
+        out: a folder. OUT/results.json is written after each evaluation, and the pages at the end.
+        settings: what the evaluations are told.
+        mesh_sizes: see load.load.
+
+    Returns:
+        evaluation -> metric -> value.
 
     Raises:
         UserError: an unknown evaluation, one that means nothing for the run's stage, or no such checkpoint.
     """
-    names = None if names is None else list(names)
-    unknown = [name for name in names or () if name not in EVALS]
-    if unknown or names == []:
-        raise UserError(f"unknown evaluation {', '.join(unknown) or '(none given)'}; there are {', '.join(EVALS)}")
+    settings = settings or Settings()
+    names = known(names)
     folder = output_folder(out)
     checkpoint = resolve_checkpoint(spec, step)
-    names = _fitting(checkpoint, stored_config(checkpoint).train.stage, names)
+    results, record = measure(checkpoint, names, folder, settings, mesh_sizes)
+    if distributed.speaks():
+        print(checkpoint)
+        print(pages.terminal({checkpoint.folder.name: results}))
+        pages.write(folder, str(checkpoint), {checkpoint.folder.name: results}, record)
+        print(f"  written to {folder / 'results.json'}, report.md and report.html")
+    return results
+
+
+def measure(
+    checkpoint: Checkpoint,
+    names: list[str] | None,
+    folder: Path,
+    settings: Settings,
+    mesh_sizes: dict[str, int] | None = None,
+) -> tuple[dict[str, dict[str, Any]], dict]:
+    """Runs evaluations on a checkpoint; writes FOLDER/results.json after each, and keeps what is half done in FOLDER/unfinished.
+
+    Returns:
+        evaluation -> metric -> value; what results.json holds besides.
+    """
+    stored = stored_config(checkpoint)
+    names = _fitting(checkpoint, stored.train.stage, names)
+    for name in names:
+        if EVALS[name].check is not None:
+            EVALS[name].check(stored, settings)
     tokenizer = stored_tokenizer(checkpoint)
-    config, model, mesh = load(checkpoint)
+    config, model, mesh = load(checkpoint, mesh_sizes)
     if checkpoint.step is not None:  # the run's own tokenizer, wherever data.tokenizer has gone since
         data = dataclasses.replace(config.data, tokenizer=str(checkpoint.local / "tokenizer"))
         config = dataclasses.replace(config, data=data)
-    corpus, meta = own_corpus(checkpoint, config, tokenizer), stored_meta(checkpoint)
-    with jax.set_mesh(mesh):
-        results = {name: EVALS[name].run(merged(config), corpus, model, meta) for name in names}
-    if not distributed.speaks():
-        return results
-    print(checkpoint)
-    for name, values in results.items():
-        for metric, value in values.items():
-            print(
-                f"  {name:<12} {metric:<24} {value:,.4f}"
-                if isinstance(value, float)
-                else f"  {name:<12} {metric:<24} {value:,}"
-            )
-    report = {
-        "results": results,
+    subject = Subject(
+        name=str(checkpoint),
+        config=merged(config),
+        model=model,
+        mesh=mesh,
+        tokenizer=tokenizer,
+        settings=settings,
+        open_corpus=lambda: own_corpus(checkpoint, config, tokenizer),
+        note=logger.info,
+        meta=stored_meta(checkpoint),
+        folder=folder / UNFINISHED,
+    )
+    record = {
         "config": config.to_dict(),
         "checkpoint": str(checkpoint),
+        "step": checkpoint.step,
+        "settings": dataclasses.asdict(settings),
+        "seed": settings.seed,
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
         "versions": versions(),
     }
-    (folder / "results.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(f"  written to {folder / 'results.json'}")
-    return results
+    results: dict[str, dict[str, Any]] = {}
+    with jax.set_mesh(mesh):
+        for number, name in enumerate(names):
+            if len(names) > 1:
+                logger.info("%d of %d: %s", number + 1, len(names), name)
+            results[name] = dict(EVALS[name].run(subject))
+            write_results(folder, results, record, unfinished=names[number + 1 :])
+    if distributed.speaks():
+        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+    return results, record
+
+
+def known(names: list[str] | None) -> list[str] | None:
+    """Checks the names of evaluations.
+
+    Raises:
+        UserError: one is unknown, or none is given.
+    """
+    names = None if names is None else list(names)
+    unknown = [name for name in names or () if name not in (*EVALS, ALL)]
+    if unknown or names == []:
+        raise UserError(
+            f"unknown evaluation {', '.join(unknown) or '(none given)'}; there are {', '.join(EVALS)} (or {ALL})"
+        )
+    return names
+
+
+def write_results(folder: Path, results: dict, record: dict, unfinished: list[str]) -> None:
+    """Writes results.json, on process 0, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if not distributed.speaks():
+        return
+    report = {"results": results} | ({"unfinished": unfinished} if unfinished else {}) | record
+    path = folder / "results.json"
+    try:
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error}; finished pieces are kept in {folder / UNFINISHED}: make room or correct --out, and "
+            "run the same command again to go on"
+        ) from error
 
 
 def _fitting(checkpoint: Checkpoint, stage: str, names: list[str] | None) -> list[str]:
     """The evaluations that were asked for, or all that mean something for the stage."""
     fitting = [name for name, each in EVALS.items() if stage in each.stages]
+    if names is not None and ALL in names:
+        return fitting
     for name in names or ():
         if name not in fitting:
             raise UserError(
                 f"--evals={name} is for runs of train.stage={' or '.join(EVALS[name].stages)}, and {checkpoint} is of "
                 f"{stage}; for it there are {', '.join(fitting)}"
             )
-    return fitting if names is None else names
+    return [name for name in fitting if EVALS[name].default] if names is None else names
 
 
 def output_folder(out: str) -> Path:

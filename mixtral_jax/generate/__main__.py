@@ -1,11 +1,10 @@
 """The command line of generation; see `python -m mixtral_jax.generate --help`."""
 
 import argparse
-import re
 import sys
 
 from mixtral_jax import cli
-from mixtral_jax.config import AXES, UserError
+from mixtral_jax.config import UserError, mesh_sizes
 from mixtral_jax.generate.terminal import converse, say, show
 
 EPILOG = """examples:
@@ -57,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> None:
     _check(arguments)
-    sizes = _mesh_sizes(arguments.mesh)
+    sizes = mesh_sizes(arguments.mesh)
     import jax
 
     from mixtral_jax import compilation_cache
@@ -113,18 +112,6 @@ def _answer(a: argparse.Namespace, weights, tokenizer, settings: dict) -> None:
         prompts = [encode_chat(tokenizer, [*system, {"role": "user", "content": p}]) for p in prompts]
         heads, max_tokens = [""] * len(prompts), room(weights, prompts, a.max_tokens or CHAT_TOKENS)
     show(stream(weights, tokenizer, prompts, max_tokens=max_tokens, message=a.chat, **settings), heads)
-
-
-def _mesh_sizes(text: str | None) -> dict[str, int] | None:
-    if text is None:
-        return None
-    sizes = {}
-    for item in text.split(","):
-        axis, _, size = item.partition("=")
-        if axis not in AXES or not re.fullmatch(r"-1|\d{1,9}", size):
-            raise UserError(f"--mesh={text}: {item!r} is no AXIS=SIZE; axes are {', '.join(AXES)}, a size may be -1")
-        sizes[axis] = int(size)
-    return sizes
 
 
 if __name__ == "__main__":

@@ -57,14 +57,14 @@ def steps(
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else int(np.prod([mesh.shape[axis] for axis in BATCH]))
     rows = -(-n // shards) * shards
-    width = _round_up(max(map(len, contexts)))
+    width = round_up(max(map(len, contexts)))
     tokens_BT, length_B = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
     for row, context in enumerate(contexts):
         tokens_BT[row, : len(context)], length_B[row] = context, len(context)
     # Rows that fill up the mesh's shards are empty and never active, so they reach no expert.
     filler = [[]] * (rows - n)
     key_B = row_keys([*contexts, *filler], seed)
-    logits_BV, cache = prefill(weights, tokens_BT, length_B, _round_up(width + max_tokens))
+    logits_BV, cache = prefill(weights, tokens_BT, length_B, round_up(width + max_tokens))
     token_B = choose(logits_BV, key_B, np.int32(0), sampling, vocab_size)
     for i in range(1, max_tokens):
         before_B = token_B
@@ -75,7 +75,7 @@ def steps(
     yield np.asarray(token_B)[:n]
 
 
-def _round_up(n: int) -> int:
+def round_up(n: int) -> int:
     """To a multiple of STEP, and of long ones to four lengths for each doubling: at most a quarter more than n."""
     step = max(STEP, 2 ** (n.bit_length() - 3))
     return -(-n // step) * step
