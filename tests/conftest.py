@@ -23,6 +23,7 @@ def fit(tmp_path):
     """Returns a function that trains a tiny run in tmp_path, in this process."""
     # Here, because the flags above must be set before anything of ours starts jax.
     from mixtral_jax import evals, trainer
+    from mixtral_jax.evals import during
     from tests.helpers import tiny
     from tests.processes import write_corpus
 
@@ -45,6 +46,6 @@ def fit(tmp_path):
         )
         config = tiny(**defaults | changes)
         config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=-1))
-        return trainer.fit(config, tmp_path / name, evals.heldout, evals.baselines)
+        return trainer.fit(config, tmp_path / name, evals.heldout, evals.baselines, measure=during.measure)
 
     return run
