@@ -1,5 +1,6 @@
 """Runs evaluations on a stored checkpoint and writes their results."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -84,8 +85,16 @@ def open_subject(
 
     Returns:
         what evaluations are given; what a report says of how its figures were made.
+
+    Raises:
+        UserError: no such checkpoint, a damaged one, of another shape than it says, or another model's tokenizer.
     """
-    tokenizer = stored_tokenizer(checkpoint)
+    tokenizer, wanted = stored_tokenizer(checkpoint), stored_config(checkpoint).model.vocab_size
+    if tokenizer.vocab_size > wanted:
+        raise UserError(
+            f"{checkpoint}: its tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids and the model's vocab_size is {wanted}; put "
+            "the tokenizer there that the model was trained with"
+        )
     config, model, mesh = load(checkpoint, mesh_sizes)
     if checkpoint.step is not None:  # the run's own tokenizer, wherever data.tokenizer has gone since
         data = dataclasses.replace(config.data, tokenizer=str(checkpoint.local / "tokenizer"))
@@ -165,11 +174,13 @@ def write_json(path: Path, report: dict) -> None:
     """
     if not distributed.speaks():
         return
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
         temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
         temporary.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UserError(
             f"{path} cannot be written: {error}; finished pieces are kept in {path.parent / UNFINISHED}: make room or correct "
             "--out, and run the same command again to go on"
