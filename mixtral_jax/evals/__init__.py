@@ -102,7 +102,7 @@ EVALS = {
     "perplexity": Eval(
         text_perplexity.perplexity, ("pretrain", "sft", "dpo"), text_perplexity.report, text_perplexity.check
     ),
-    "context": Eval(context.context, ("pretrain", "sft", "dpo"), context.report, context.check, default=False),
     "baselines": Eval(ngrams, ("pretrain",), scalars("Counts of words and pairs of words on the same text")),
     "preference": Eval(preference, ("dpo",), scalars("Reward accuracy and margins")),
+    "context": Eval(context.context, ("pretrain", "sft", "dpo"), context.report, context.check, default=False),
 }

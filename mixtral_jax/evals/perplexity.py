@@ -1,5 +1,7 @@
 """Held-out loss per token and bits per byte."""
 
+import math
+
 import jax
 import numpy as np
 from tqdm import tqdm
@@ -9,8 +11,10 @@ from mixtral_jax.data import Batches, TokenFile, pack
 from mixtral_jax.distributed import rows_here, speaks
 from mixtral_jax.evals.work import Work
 from mixtral_jax.losses import token_losses
-from mixtral_jax.sharding import place
+from mixtral_jax.sharding import everywhere, place
 from mixtral_jax.step import model_of
+
+NEIGHBOURS = 32  # that are summed in float32
 
 
 class Perplexity:
@@ -33,7 +37,8 @@ class Perplexity:
             model = model_of(config, params, frozen)
             x_BTD, _ = model.hidden(batch["tokens_BT"], batch["positions_BT"], batch["segment_ids_BT"])
             nll_BT, _ = token_losses(x_BTD, model.head_DV[...], batch["targets_BT"], config.loss.head_chunk)
-            return (nll_BT * batch["loss_weights_BT"]).sum(), batch["loss_weights_BT"].sum()
+            weights_BT = batch["loss_weights_BT"]
+            return _partial_sums(nll_BT * weights_BT), _partial_sums(weights_BT)
 
         self._sums = jax.jit(sums)
 
@@ -79,7 +84,13 @@ class Perplexity:
         }
 
 
+def _partial_sums(x_BT):
+    """Sums of neighbours, on every device: the host adds them up in float64, where a batch's sum in float32 would lose a digit."""
+    b, t = x_BT.shape
+    return everywhere(x_BT.reshape(b, t // math.gcd(t, NEIGHBOURS), -1).sum(-1))
+
+
 def _keep(work: Work, pending: tuple | None) -> None:
     if pending is not None:
         k, parts = pending
-        work.put(str(k), [float(part) for part in jax.device_get(parts)])
+        work.put(str(k), [float(np.sum(part, dtype=np.float64)) for part in jax.device_get(parts)])

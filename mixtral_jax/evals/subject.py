@@ -67,6 +67,6 @@ class Subject:
         """Tokens that the model can read."""
         return self.config.model.max_seq_len
 
-    def work(self, name: str, **what: Any) -> Work:
+    def work(self, name: str, /, **what: Any) -> Work:
         """Opens what is finished of an evaluation of this model; `what` is everything else that decides its results."""
         return Work(self.folder, name, key_of({"subject": self.key, "seed": self.settings.seed} | what))

@@ -123,10 +123,10 @@ def test_an_sft_run_is_evaluated_on_its_answers(folder):
         (
             "base",
             "preference",
-            "train.stage=dpo, and .*base, step 1 is of pretrain; for it there are perplexity, baselines$",
+            "train.stage=dpo, and .*base, step 1 is of pretrain; for it there are perplexity, baselines",
         ),
-        ("sft", "baselines", "train.stage=pretrain, and .*sft, step 1 is of sft; for it there are perplexity$"),
-        ("dpo", "baselines", "for it there are perplexity, preference$"),
+        ("sft", "baselines", "train.stage=pretrain, and .*sft, step 1 is of sft; for it there are perplexity"),
+        ("dpo", "baselines", "for it there are perplexity, preference"),
     ],
 )
 def test_an_evaluation_that_means_nothing_for_the_stage_is_refused(folder, name, asked, words):
