@@ -13,7 +13,7 @@ from mixtral_jax import distributed
 from mixtral_jax.config import Config, UserError
 from mixtral_jax.evals.harness.answers import Answers
 from mixtral_jax.evals.harness.presets import LIMITS, PRESETS
-from mixtral_jax.evals.harness.report import blocks as report
+from mixtral_jax.evals.harness.tables import blocks as report
 from mixtral_jax.evals.settings import Settings
 from mixtral_jax.evals.subject import Subject
 
