@@ -309,7 +309,7 @@ def test_final_answers_of_mathematics(text, final):
 def test_the_majority_wins_and_of_equals_the_first():
     votes = own("votes")
     a, b, c, none = "1: \\boxed{2}", "2: \\boxed{3}", "3: \\boxed{ 3}", "no answer"
-    assert votes.mathematics([[a, b, c, none], [a, b], [none, a], [none, none]], None) == [[b], [a], [a], [none]]
+    assert votes.mathematics([[a, b, c, none], [a, b], [none, a], [none, none]], None) == [b, a, a, none]
 
 
 def test_bold_takes_prompts_from_its_files(parts, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ LAYOUT = re.compile(r"\\(?:left|right|!|,|;|:|quad|text\{ *\}|displaystyle)|\$|\
 
 def mathematics(answers, _docs):
     """Of each question's answers to MATH the first whole one whose final answer most of them give."""
-    return [[_winner(list(each))] for each in answers]
+    return [_winner(list(each)) for each in answers]
 
 
 def _winner(texts: list[str]) -> str:
