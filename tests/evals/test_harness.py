@@ -22,6 +22,7 @@ from mixtral_jax.evals.settings import Settings
 from mixtral_jax.evals.subject import Subject
 from mixtral_jax.evals.work import Work
 from mixtral_jax.models import mixtral
+from tests import processes
 from tests.helpers import on_mesh, shard, tiny
 
 BYTES = ByteTokenizer()
@@ -393,3 +394,46 @@ def test_own_tasks_on_data_of_their_format(parts, monkeypatch, task, rows, texts
     found = results(subject((config, mesh, weights), None, tasks=(task,)))
     assert found[metric] == pytest.approx(2 / 3 if task == "quac" else 1.0)
     assert {request.number for request in asked} == set(range(len(texts)))
+
+
+@pytest.mark.slow
+def test_two_processes_answer_as_one(tmp_path, fit):
+    """Process 0 runs the harness and leads; what fails there ends both, and the others' results are kept."""
+    fit("run", model__max_seq_len=256, train__checkpoint_every=4)
+    asked = "--tasks=local_members,local_prose,local_arithmetic@2,gone"
+    (tmp_path / "gone.yaml").write_text("task: gone\ndataset_path: json\ndataset_kwargs: {data_files: nowhere.jsonl}\n")
+    found = {}
+    for count in (1, 2):
+        launcher = [
+            sys.executable,
+            "-m",
+            "mixtral_jax.launch",
+            f"--processes={count}",
+            f"--devices_per_process={2 // count}",
+        ]
+        line = [*launcher, "--", "eval.py", f"--checkpoint={tmp_path / 'run'}", "--evals=lm_eval", asked, "--limit=3"]
+        line += [f"--task_path={tmp_path}", f"--out={tmp_path / str(count)}"]
+        out = processes.run(line, expect=2)
+        assert "1 of 4 benchmarks could not run" in out
+        assert "gone: the data set json nowhere.jsonl" in out
+        report = json.loads((tmp_path / str(count) / "results.json").read_text())
+        assert report["unfinished"] == ["lm_eval"]
+        found[count] = report["results"]["lm_eval"]
+    assert found[2].keys() == found[1].keys()
+    assert "local_arithmetic@2/exact_match" in found[1]
+    assert found[2] == pytest.approx(found[1], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_mesh_changes_nothing(parts, tmp_path):
+    config, mesh = on_mesh(parts[0], context=2, tensor=2, data=2)
+    other = config, mesh, shard(jax.device_get(parts[2]), mesh)
+    settings = dict(tasks=("local_keywords", "local_arithmetic"), limit=2)
+    texts = []
+    for number, given in enumerate((parts, other)):
+        folder = tmp_path / str(number)
+        found = results(subject(given, folder / "unfinished", **settings))
+        lines = (folder / "lm_eval" / "samples_local_arithmetic.jsonl").read_text().splitlines()
+        texts.append(([json.loads(line)["resps"] for line in lines], found))
+    assert texts[0][0] == texts[1][0]
+    assert texts[0][1] == pytest.approx(texts[1][1], rel=1e-5)

@@ -4,6 +4,7 @@ The harness runs on process 0 alone, for its order of requests is not the same i
 the others each batch before it computes it with them, and at the end what came of it all.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from mixtral_jax import distributed
 from mixtral_jax.config import RunError, UserError
@@ -19,6 +21,9 @@ from mixtral_jax.evals.subject import Subject
 from mixtral_jax.evals.work import Work, bar, told
 from mixtral_jax.generate import Sampling, generate
 from mixtral_jax.generate.engine import round_up
+from mixtral_jax.models.decode import Prepared
+from mixtral_jax.models.mixtral import Mixtral
+from mixtral_jax.sharding import moved, without_context
 
 
 class Writing(NamedTuple):
@@ -127,20 +132,29 @@ class Answers:
                 self._work.put(key, text)
 
     def _written(self, requests: Sequence[Writing]) -> list[str]:
+        """Writes a batch of texts that differ in their contexts only."""
         _, max_tokens, stop, sampling, number = requests[0]
-        subject = self._subject
-        seed = int(_key("seed", [subject.settings.seed, number])[:7], 16)
-        found = generate(
-            subject.decoder,
-            subject.tokenizer,
-            [request.context for request in requests],
+        settings = dict(
             max_tokens=max_tokens,
             sampling=Sampling(*sampling),
-            seed=seed,
+            seed=int(_key("seed", [self._subject.settings.seed, number])[:7], 16),
             stop=stop,
-            message=True,
+            message=True,  # decoded by itself, as in `hf`
         )
-        return [one.text for one in found]
+        mesh, weights = self._decoding
+        with jax.transfer_guard("allow"), jax.set_mesh(mesh):
+            contexts = [request.context for request in requests]
+            return [one.text for one in generate(weights, self._subject.tokenizer, contexts, **settings)]
+
+    @functools.cached_property
+    def _decoding(self) -> tuple[Mesh, Prepared | Mixtral]:
+        """Where texts are written, and with what."""
+        mesh = self._subject.mesh
+        if mesh.shape["context"] == 1:
+            return mesh, self._subject.decoder
+        # One token at a time has no T to split; the weights lie on the other mesh as on this one.
+        mesh = without_context(mesh)
+        return mesh, moved(self._subject.model, mesh)
 
 
 def sampling_of(settings: Mapping[str, Any]) -> tuple[float, int, float, float]:
