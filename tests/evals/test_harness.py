@@ -12,12 +12,13 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from mixtral_jax.config import UserError
+from mixtral_jax.config import RunError, UserError
 from mixtral_jax.data import encode_chat
 from mixtral_jax.data.tokenizer import ByteTokenizer
 from mixtral_jax.evals import harness
-from mixtral_jax.evals.harness import adapter, presets, running, tables
+from mixtral_jax.evals.harness import adapter, answers, presets, running, tables
 from mixtral_jax.evals.harness.answers import Answers, sampling_of
+from mixtral_jax.evals.scorer import Request
 from mixtral_jax.evals.settings import Settings
 from mixtral_jax.evals.subject import Subject
 from mixtral_jax.evals.work import Work
@@ -224,6 +225,10 @@ def test_tasks_of_ones_own_and_missing_data(parts, tmp_path):
         (dict(tasks=("bold_gender",)), "needs BOLD's prompts"),
         (dict(tasks=("runs",)), "give --run_generated_code"),
         (dict(task_path=("nowhere",)), "--task_path=nowhere is no folder"),
+        (
+            dict(tasks=("quac@3",)),
+            "quac has 0 examples before each question, and its file allows no other number than 0: 3",
+        ),
     ],
 )
 def test_mistakes_are_told_before_any_work(tmp_path, settings, words, monkeypatch):
@@ -245,7 +250,13 @@ def test_presets_name_shots_and_limits():
 
 
 def test_the_report_sets_ours_beside_the_papers():
-    one = {"mmlu@5/acc": 0.5, "mmlu@5/acc_stderr": 0.01, "own/acc": 0.25, "bold_race/sentiment": 0.2}
+    one = {
+        "mmlu@5:mmlu_law/acc": 0.1,
+        "mmlu@5/acc": 0.5,
+        "mmlu@5/acc_stderr": 0.01,
+        "own/acc": 0.25,
+        "bold_race/sentiment": 0.2,
+    }
     other = {
         "mmlu@5/acc": 0.75,
         "gsm8k@5/exact_match,strict-match": 0.5,
@@ -261,6 +272,7 @@ def test_the_report_sets_ours_beside_the_papers():
     assert ["own/acc", 0.25, None, None, None] in everything.rows
     (alone, _) = tables.blocks({"one": one})
     assert "model" not in alone.columns
+    assert [row[0] for row in alone.rows] == ["mmlu@5", "own", "bold_race"], "no members of a group"
     assert len(alone.rows[0]) == len(alone.columns)
 
 
@@ -437,3 +449,60 @@ def test_a_mesh_changes_nothing(parts, tmp_path):
         texts.append(([json.loads(line)["resps"] for line in lines], found))
     assert texts[0][0] == texts[1][0]
     assert texts[0][1] == pytest.approx(texts[1][1], rel=1e-5)
+
+
+def test_every_benchmark_of_the_presets_has_its_line_of_the_paper():
+    assert set(presets.PAPER) == {item for items in presets.PRESETS.values() for item in items} - set(presets.LOCAL)
+
+
+@pytest.mark.slow
+def test_the_harness_has_the_papers_benchmarks_with_these_metrics():
+    settings = Settings(tasks=tuple(presets.PRESETS), prompts="x", run_generated_code=True)
+    harness.check(None, settings)
+    asked = [name for name, _, _ in harness.benchmarks(settings)]
+    catalogue = running.open_catalogue(settings, asked)
+    for item, paper in presets.PAPER.items():
+        config = running._config(catalogue.task_index[item.partition("@")[0]])
+        metric, _, kind = paper.metric.partition(",")
+        lists = config.get("aggregate_metric_list") or config.get("metric_list")
+        said = [each["metric"] for each in lists]
+        assert metric in said or item in ("humaneval", "mbpp"), (item, said)
+        filters = [each["name"] for each in config.get("filter_list") or []]
+        for each in lists:
+            given = each.get("filter_list") or []
+            filters += [given] if isinstance(given, str) else given
+        assert not filters or kind in filters, (item, filters)
+
+
+def test_the_other_processes_do_what_they_are_told(parts, monkeypatch):
+    """Process 0's words, one after the other; what fails there fails here."""
+    one = subject(parts, None)
+    with jax.set_mesh(one.mesh), one.work("x") as work:
+        alone = Answers(one, work).scores([Request((256, 1), (2, 3))])
+    said = [{"scores": [[[256, 1], [2, 3]]], "keys": ["a"]}, {"done": {"b": 1}}, {"failed": "no disk"}]
+    words = iter(map(json.dumps, said))
+    monkeypatch.setattr(answers, "told", lambda text: next(words))
+    monkeypatch.setattr(answers.distributed, "speaks", lambda: False)
+    with jax.set_mesh(one.mesh), one.work("x") as work:
+        follower = Answers(one, work)
+        assert follower.led(lambda: pytest.fail("it is process 0's")) == {"b": 1}
+        assert tuple(work.get("a")) == alone[0]
+        with pytest.raises(RunError, match="no disk"):
+            follower.led(lambda: None)
+
+
+def test_process_0_tells_of_its_failure(parts, monkeypatch):
+    told = []
+    monkeypatch.setattr(answers, "told", lambda text: told.append(json.loads(text)) or text)
+    with Work(None, "x", "key") as work, pytest.raises(OSError, match="no disk"):
+        Answers(subject(parts, None), work).led(lambda: (_ for _ in ()).throw(OSError("no disk")))
+    assert told == [{"failed": "no disk"}]
+
+
+def test_without_the_harness_it_is_said_how_to_get_it(monkeypatch):
+    for name in ("running", "adapter"):
+        monkeypatch.delattr(harness, name)
+        monkeypatch.delitem(sys.modules, f"mixtral_jax.evals.harness.{name}")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UserError, match=r"pip install -r requirements-eval\.txt"):
+        harness.check(None, Settings())

@@ -17,6 +17,7 @@ from tests.golden import reference
 
 pytestmark = pytest.mark.parity
 V, LIMIT = 400, 10
+DEMO = Path(__file__).parents[2] / "runs" / "demo" / "pretrain"
 SPECIAL = 259  # unknown, BOS, EOS and the bytes are the first ids
 # What the embedded tasks do not have: contexts that are empty, end in spaces, or are cut; answers of many tokens.
 EDGES = {
@@ -104,6 +105,13 @@ def trained_run(tmp_path: Path, fit) -> Path:
     return tmp_path / "run"
 
 
+def demo_run(tmp_path: Path, fit) -> Path:
+    """What `make demo` pretrained, where it was."""
+    if not DEMO.is_dir():
+        pytest.skip(f"{DEMO} is not there; `make demo` makes it")
+    return DEMO
+
+
 def write_edges(folder: Path) -> list[str]:
     folder.mkdir()
     for name, (config, metrics, rows) in EDGES.items():
@@ -141,7 +149,7 @@ def theirs(exported: Path, settings: Settings, monkeypatch) -> dict:
         )
 
 
-@pytest.mark.parametrize("make", [random_run, trained_run])
+@pytest.mark.parametrize("make", [random_run, trained_run, demo_run])
 def test_answers_and_metrics_are_those_of_the_hf_backend(tmp_path, monkeypatch, fit, make):
     pytest.importorskip("torch")
     pytest.importorskip("lm_eval")

@@ -34,8 +34,8 @@ def check(config: Config, settings: Settings) -> None:
     tasks = _tasks()
     asked = benchmarks(settings)
     catalogue = tasks.open_catalogue(settings, [name for name, _, _ in asked])
-    for name, _, _ in asked:
-        tasks.check_task(catalogue, name, settings)
+    for name, shots, _ in asked:
+        tasks.check_task(catalogue, name, shots, settings)
 
 
 def run(subject: Subject) -> Iterator[tuple[str, Any]]:
@@ -43,7 +43,7 @@ def run(subject: Subject) -> Iterator[tuple[str, Any]]:
 
     Yields:
         ("TASK/METRIC", value), its standard error as "TASK/METRIC_stderr", and of each task "TASK/samples" and
-        "TASK/shots".
+        "TASK/shots". TASK is as --tasks has it; of a group's member it is GROUP:MEMBER.
 
     Raises:
         UserError: at the end, for benchmarks that could not run; those of the others were yielded.
@@ -95,13 +95,15 @@ def _tasks():
     """The part that imports the harness.
 
     Raises:
-        UserError: it is not installed, or of another version.
+        UserError: it is not installed.
     """
     try:
         from mixtral_jax.evals.harness import running
     except ImportError as error:
+        if (error.name or "").startswith("mixtral_jax"):
+            raise
         raise UserError(
-            f"--evals=lm_eval needs lm-evaluation-harness, and {error}; pip install -r requirements-eval.txt"
+            f"--evals=lm_eval needs lm-evaluation-harness ({error}); pip install -r requirements-eval.txt"
         ) from error
     return running
 
@@ -120,7 +122,7 @@ def _write(folder: Path, samples: dict[str, list]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name, lines in samples.items():
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            (folder / f"samples_{name}.jsonl").write_text(text, "utf-8")
+            (folder / f"samples_{name.replace(':', '_')}.jsonl").write_text(text, "utf-8")
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written: {error}; make room or correct --out, and run the same command again to go on"

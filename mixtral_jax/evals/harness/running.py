@@ -92,8 +92,8 @@ def _catalogue(paths: tuple[str, ...], prompts: str, defaults: bool) -> Catalogu
         )
 
 
-def check_task(catalogue: Catalogue, name: str, settings: Settings) -> None:
-    """Refuses an unknown task, one that runs generated code without leave, and BOLD without prompts.
+def check_task(catalogue: Catalogue, name: str, shots: int | None, settings: Settings) -> None:
+    """Refuses an unknown task, one that runs generated code without leave, shots that would be ignored, and BOLD without prompts.
 
     Raises:
         UserError: it is one of these.
@@ -108,6 +108,11 @@ def check_task(catalogue: Catalogue, name: str, settings: Settings) -> None:
         )
     if _config(entry).get("unsafe_code") and not settings.run_generated_code:
         raise UserError(_UNSAFE.format(name=name))
+    if shots and _config(entry).get("num_fewshot") == 0:
+        raise UserError(
+            f"{name} has 0 examples before each question, and its file allows no other number than 0: {shots} would be ignored; "
+            f"leave @{shots} or --num_fewshot={shots} out, or run it without this task"
+        )
     if name in BOLD and not settings.prompts:
         raise UserError(
             f"--tasks={name} needs BOLD's prompts: give --prompts=FOLDER with its files (gender_prompt.json and so on), from "
@@ -134,7 +139,8 @@ def measure(
     """Runs a task or a group of tasks, on process 0.
 
     Returns:
-        {"TASK/METRIC": value}; {TASK: its requests and answers}. Of a task that was told its shots TASK is TASK@SHOTS.
+        {"TASK/METRIC": value}; {TASK: its requests and answers}. Of a task that was told its shots TASK is TASK@SHOTS, of a
+        group's member GROUP:MEMBER.
 
     Raises:
         UserError: its data are missing, or it cannot run on this model.
@@ -160,7 +166,8 @@ def measure(
             if "unsafe" in str(error):  # a task within a group
                 raise UserError(_UNSAFE.format(name=name)) from error
             raise
-    label = lambda task: task if shots is None else f"{task}@{shots}"  # noqa: E731
+    asked = name if shots is None else f"{name}@{shots}"
+    label = lambda task: asked if task == name else f"{asked}:{task}"  # noqa: E731
     results = {}
     for task, metrics in found["results"].items():
         results |= {f"{label(task)}/{key}": value for key, value in _metrics(metrics)}

@@ -11,12 +11,15 @@ MAIN = ("acc_norm", "acc", "exact_match", "f1", "word_perplexity", "pass@1", "se
 def blocks(found: dict[str, dict]) -> list[Block]:
     """The benchmarks of the paper beside its scores, and then every metric there is."""
     tables = []
-    rows = [row for task in _tasks(found) for row in _row(task, found)]
+    tasks = _tasks(found)
+    # Members of a group have their place in the second table.
+    tasks = [task for task in tasks if ":" not in task or task.partition(":")[0] not in tasks]
+    rows = [row for task in tasks for row in _row(task, found)]
     if rows:
         several = len(found) > 1
         columns = ["benchmark", "metric", "shots", *(["model"] if several else []), "paper", "ours", "+-", "difference"]
         rows = [row if several else [*row[:3], *row[4:]] for row in rows]
-        notes = [f"{task}: {PAPER[task].note}." for task in _tasks(found) if task in PAPER and PAPER[task].note]
+        notes = [f"{task}: {PAPER[task].note}." for task in tasks if task in PAPER and PAPER[task].note]
         note = "+- is 1.96 standard errors of ours; the paper's scores are of Mixtral 8x7B. " + " ".join(notes)
         tables.append(Table("Benchmarks", columns, rows, note.strip()))
     rest = _everything(found)

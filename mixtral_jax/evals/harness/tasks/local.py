@@ -69,7 +69,7 @@ def members(**_) -> DatasetDict:
 
 def keywords(**_) -> DatasetDict:
     """Whether a word is one of Python's keywords."""
-    others = [name for name in dir(builtins) if name.islower() and not keyword.iskeyword(name)]
+    others = [name for name in dir(builtins) if name.isalpha() and name.islower() and not keyword.iskeyword(name)]
     words = [(word, 1) for word in keyword.kwlist] + [(word, 0) for word in others[: len(keyword.kwlist)]]
     return _split([{"word": word, "gold": gold} for word, gold in _shuffled(words, "keywords")])
 
