@@ -18,7 +18,7 @@ from mixtral_jax.data.tokenizer import ByteTokenizer
 from mixtral_jax.evals import harness
 from mixtral_jax.evals.harness import adapter, answers, presets, running, tables
 from mixtral_jax.evals.harness.answers import Answers, sampling_of
-from mixtral_jax.evals.scorer import Request
+from mixtral_jax.evals.scorer import Request, total
 from mixtral_jax.evals.settings import Settings
 from mixtral_jax.evals.subject import Subject
 from mixtral_jax.evals.work import Work
@@ -472,6 +472,19 @@ def test_the_harness_has_the_papers_benchmarks_with_these_metrics():
             given = each.get("filter_list") or []
             filters += [given] if isinstance(given, str) else given
         assert not filters or kind in filters, (item, filters)
+
+
+def test_each_request_has_its_own_answer(parts):
+    """In any order, of any lengths, and twice the same: what each scores alone."""
+    asked = [Request((256, *range(n)), tuple(range(n, n + m))) for n, m in ((3, 1), (90, 4), (1, 2), (90, 4), (20, 70))]
+    one = subject(parts, None, batch_tokens=256)
+    with jax.set_mesh(one.mesh), one.work("x") as work:
+        found = Answers(one, work).scores(asked)
+        for request, (log_likelihood, greedy) in zip(asked, found, strict=True):
+            ((_, alone),) = one.scorer(one.model, [request])
+            assert log_likelihood == pytest.approx(total(alone)[0], rel=1e-5)
+            assert greedy == total(alone)[1]
+    assert len({log_likelihood for log_likelihood, _ in found}) == 4
 
 
 def test_the_other_processes_do_what_they_are_told(parts, monkeypatch):
