@@ -187,5 +187,6 @@ def test_a_full_disk_is_explained_and_harms_nothing(workdir, small_disk, tmp_pat
     with pytest.raises(UserError, match=r"No space left on device.*run the same command again"):
         run.evaluate(str(workdir), 2, ["perplexity", "baselines"], str(out))
     assert (out / "results.json").read_text() == before
+    assert not list(out.glob("results.json.*")), "nothing half-written"
     (small_disk / "ballast").unlink()
     assert run.evaluate(str(workdir), 2, ["perplexity", "baselines"], str(out))["baselines"] == found["baselines"]

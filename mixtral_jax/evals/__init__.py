@@ -12,11 +12,10 @@ import numpy as np
 
 from mixtral_jax.config import Config
 from mixtral_jax.data import Corpus, first_documents, load_tokenizer
-from mixtral_jax.evals import harness, ngram
+from mixtral_jax.evals import context, harness, ngram, text_perplexity
 from mixtral_jax.evals.blocks import Block, Table
 from mixtral_jax.evals.perplexity import Perplexity
 from mixtral_jax.evals.preference import Preference, heldout_reference
-from mixtral_jax.evals.questions import chosen_answers
 from mixtral_jax.evals.settings import Settings
 from mixtral_jax.evals.subject import Subject
 
@@ -46,13 +45,6 @@ def scalars(title: str) -> Callable[[dict[str, dict]], list[Block]]:
         return [Table(title, ["metric", *found], rows)]
 
     return blocks
-
-
-def perplexity(subject: Subject) -> Iterator[tuple[str, Any]]:
-    """Loss, perplexity and bits per byte on the whole held-out split: of conversations the answers', of pairs the chosen ones'."""
-    config, split = subject.config, subject.corpus.heldout
-    split = chosen_answers(split) if config.train.stage == "dpo" else split
-    yield from Perplexity(config, split)(subject.model).items()
 
 
 def preference(subject: Subject) -> Iterator[tuple[str, Any]]:
@@ -107,7 +99,10 @@ def baselines(config: Config, corpus: Corpus) -> dict[str, float]:
 
 
 EVALS = {
-    "perplexity": Eval(perplexity, ("pretrain", "sft", "dpo"), scalars("Perplexity")),
+    "perplexity": Eval(
+        text_perplexity.perplexity, ("pretrain", "sft", "dpo"), text_perplexity.report, text_perplexity.check
+    ),
+    "context": Eval(context.context, ("pretrain", "sft", "dpo"), context.report, context.check, default=False),
     "baselines": Eval(ngrams, ("pretrain",), scalars("Counts of words and pairs of words on the same text")),
     "preference": Eval(preference, ("dpo",), scalars("Reward accuracy and margins")),
     "lm_eval": Eval(harness.run, ("pretrain", "sft", "dpo"), harness.report, harness.check, default=False),

@@ -7,6 +7,7 @@ from tqdm import tqdm
 from mixtral_jax.config import Config
 from mixtral_jax.data import Batches, TokenFile, pack
 from mixtral_jax.distributed import rows_here, speaks
+from mixtral_jax.evals.work import Work
 from mixtral_jax.losses import token_losses
 from mixtral_jax.sharding import place
 from mixtral_jax.step import model_of
@@ -36,7 +37,7 @@ class Perplexity:
 
         self._sums = jax.jit(sums)
 
-    def __call__(self, params, limit: int | None = None, frozen=None) -> dict[str, float]:
+    def __call__(self, params, limit: int | None = None, frozen=None, work: Work | None = None) -> dict[str, float]:
         """Evaluates on the current mesh (`jax.set_mesh`).
 
         Every token of a document but its first (BOS) is predicted once; a document longer than seq_len is cut, and each
@@ -46,6 +47,7 @@ class Perplexity:
             params: the parameters.
             limit: batches to read, spread evenly over the split; None reads every document.
             frozen: see step.make_train_step.
+            work: keeps the sums of each batch; those that it has are not computed again.
 
         Returns:
             loss: nats per token; perplexity: exp(loss); bits_per_byte: over the UTF-8 bytes of the documents (with a
@@ -54,18 +56,20 @@ class Perplexity:
         count = self._batches.n_eval_batches
         picked = range(count) if limit is None or limit >= count else np.linspace(0, count - 1, limit).astype(int)
         mesh = jax.sharding.get_mesh()
-        total, pending = np.zeros(2), None
+        work = work or Work(None, "", "")
+        pending: tuple | None = None
         rows = self._batches.batch_size
         start, stop = rows_here(mesh, rows)
         for k in tqdm(picked, "held-out", leave=False, disable=None if speaks() else True, unit="batch"):
+            if str(k) in work:
+                continue
             batch = self._batches.eval_batch(int(k), start, stop)
             parts = self._sums(params, frozen, place(batch, mesh, start, rows))
-            if (
-                pending is not None
-            ):  # fetched one batch late, so that the device does not wait and batches do not pile up
-                total += np.asarray(jax.device_get(pending), np.float64)
-            pending = parts
-        nll, weight = total + np.asarray(jax.device_get(pending), np.float64)
+            # Fetched one batch late, so that the device does not wait and batches do not pile up.
+            _keep(work, pending)
+            pending = (k, parts)
+        _keep(work, pending)
+        nll, weight = np.sum([work.get(str(k)) for k in picked], axis=0, dtype=np.float64)
         loss = nll / weight
         return {
             "loss": float(loss),
@@ -73,3 +77,9 @@ class Perplexity:
             "bits_per_byte": float(loss / np.log(2) * self._targets / self._bytes),
             "tokens": int(weight),
         }
+
+
+def _keep(work: Work, pending: tuple | None) -> None:
+    if pending is not None:
+        k, parts = pending
+        work.put(str(k), [float(part) for part in jax.device_get(parts)])

@@ -441,7 +441,8 @@ def test_evaluations_stand_side_by_side(folder, tmp_path):
 
 def test_an_interrupted_comparison_goes_on_where_it_was(folder, tmp_path, monkeypatch, report):
     specs, out = [str(folder / name) for name in ("base", "sft", "dpo")], tmp_path / "out"
-    score, calls = compare_module.score_pairs, []
+    score, calls, measured = compare_module.score_pairs, [], []
+    scores = compare_module.Perplexity.__call__
 
     def fails_third(*arguments):
         calls.append(1)
@@ -449,11 +450,17 @@ def test_an_interrupted_comparison_goes_on_where_it_was(folder, tmp_path, monkey
             raise KeyboardInterrupt
         return score(*arguments)
 
+    def counted(self, model):
+        measured.append(1)
+        return scores(self, model)
+
     monkeypatch.setattr(compare_module, "score_pairs", fails_third)
+    monkeypatch.setattr(compare_module.Perplexity, "__call__", counted)
     with pytest.raises(KeyboardInterrupt):
         compare(specs, str(out), questions=3)
     assert not (out / "comparison.json").exists()
     found = compare(specs, str(out), questions=3)
     assert len(calls) == 4, "the first two models' pairs were not scored again"
+    assert len(measured) == 3, "nor any model's answers"
     assert found["results"] == report["results"]
     assert found["questions"] == report["questions"]
