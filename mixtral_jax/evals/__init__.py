@@ -12,7 +12,7 @@ import numpy as np
 
 from mixtral_jax.config import Config
 from mixtral_jax.data import Corpus, first_documents, load_tokenizer
-from mixtral_jax.evals import context, ngram, text_perplexity
+from mixtral_jax.evals import context, harness, ngram, text_perplexity
 from mixtral_jax.evals.blocks import Block, Table
 from mixtral_jax.evals.perplexity import Perplexity
 from mixtral_jax.evals.preference import Preference, heldout_reference
@@ -105,4 +105,5 @@ EVALS = {
     "baselines": Eval(ngrams, ("pretrain",), scalars("Counts of words and pairs of words on the same text")),
     "preference": Eval(preference, ("dpo",), scalars("Reward accuracy and margins")),
     "context": Eval(context.context, ("pretrain", "sft", "dpo"), context.report, context.check, default=False),
+    "lm_eval": Eval(harness.run, ("pretrain", "sft", "dpo"), harness.report, harness.check, default=False),
 }

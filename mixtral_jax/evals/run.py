@@ -128,6 +128,8 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Runs evaluations; keep(results, names that are left) is called after each, on all processes.
 
+    One that ends with a mistake of the user's is among those left, and what it gave before is among the results.
+
     Returns:
         evaluation -> metric -> value.
     """
@@ -135,7 +137,13 @@ def measure(
     with jax.set_mesh(subject.mesh):
         for number, name in enumerate(names, 1):
             subject.note(f"{number} of {len(names)}: {name}")
-            results[name] = dict(EVALS[name].run(subject))
+            found = results[name] = {}
+            try:
+                for metric, value in EVALS[name].run(subject):
+                    found[metric] = value
+            except UserError:
+                keep(results, list(names[number - 1 :]))
+                raise
             keep(results, list(names[number:]))
     return results
 

@@ -45,7 +45,8 @@ class Settings:
 
     tasks: tuple[str, ...] = _told(
         ("local",),
-        "lm_eval: names of tasks or of presets. Presets: local (embedded, no network), quick, paper, paper_multilingual, bias.",
+        "lm_eval: tasks of lm-evaluation-harness (TASK, or TASK@SHOTS with examples before each question) or presets: local "
+        "(embedded, no network), quick, paper, paper_multilingual, bias.",
     )
     num_fewshot: int = _told(-1, "lm_eval: examples before each question; -1: the preset's or the task's own.")
     task_path: tuple[str, ...] = _told((), "lm_eval: folders with task files of your own.")

@@ -54,7 +54,7 @@ class Work:
                 temporary.write_text("".join(f"{line}\n" for line in lines), "utf-8")
                 temporary.replace(self._path)
                 self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (it stays open until close)
-        for line in _told("\n".join(lines)).splitlines()[1:]:
+        for line in told("\n".join(lines)).splitlines()[1:]:
             name, value = json.loads(line)
             self._done[name] = value
 
@@ -108,7 +108,7 @@ def _whole_lines(path: Path) -> list[str]:
     return lines
 
 
-def _told(text: str) -> str:
+def told(text: str) -> str:
     """Process 0's text, on all processes."""
     if not distributed.together():
         return text
