@@ -17,7 +17,7 @@ MEASURES = {
     "accuracy": ("generation", "generation_baseline"),
     "likelihood_accuracy": ("likelihood", "likelihood_baseline"),
 }
-SHARES = LinearSegmentedColormap.from_list("share", ["#ffffff", "#9ecae1", "#2171b5", "#08306b"])
+SHARES = LinearSegmentedColormap.from_list("share", ["#f4f8fc", "#9ecae1", "#2171b5", "#08306b"])
 
 
 def report(found: dict[str, dict[str, Any]]) -> list[Block]:
