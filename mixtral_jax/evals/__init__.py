@@ -12,7 +12,7 @@ import numpy as np
 
 from mixtral_jax.config import Config
 from mixtral_jax.data import Corpus, first_documents, load_tokenizer
-from mixtral_jax.evals import ngram, passkey, passkey_report
+from mixtral_jax.evals import mt_bench, ngram, passkey, passkey_report
 from mixtral_jax.evals.blocks import Block, Table
 from mixtral_jax.evals.perplexity import Perplexity
 from mixtral_jax.evals.preference import Preference, heldout_reference
@@ -110,5 +110,6 @@ EVALS = {
     "perplexity": Eval(perplexity, ("pretrain", "sft", "dpo"), scalars("Perplexity")),
     "baselines": Eval(ngrams, ("pretrain",), scalars("Counts of words and pairs of words on the same text")),
     "passkey": Eval(passkey.passkey, ("pretrain", "sft", "dpo"), passkey_report.report, passkey.check, default=False),
+    "mt_bench": Eval(mt_bench.mt_bench, ("pretrain", "sft", "dpo"), mt_bench.report, mt_bench.check, default=False),
     "preference": Eval(preference, ("dpo",), scalars("Reward accuracy and margins")),
 }
