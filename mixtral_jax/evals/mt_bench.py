@@ -101,7 +101,7 @@ def answer_all(
         write: (contexts, rooms, sampling, message) -> iterator of (number, Continuation), as a Writer.
         limit: the model's max_seq_len.
         most: tokens of an answer, at most.
-        work: gets of each question and turn {"text", "tokens", "cut"}, and the time of each last answer.
+        work: gets of each question and turn {"text", "tokens", "cut", "time"}.
     """
     total = sum(len(question["turns"]) for question in questions)
     with bar((), "mt_bench", "answer", total=total) as progress:
@@ -112,10 +112,8 @@ def answer_all(
             for heat in sorted({temperature(question) for question in left}):
                 some = [question for question in left if temperature(question) == heat]
                 for question, done in _answer(some, turn, tokenizer, write, limit, most, Sampling(heat), work):
-                    work.put(_name(question, turn), done)
+                    work.put(_name(question, turn), done | {"time": distributed.decided("time", time.time)})
                     progress.update()
-                    if turn + 1 == len(question["turns"]):
-                        work.put(_name(question, "time"), distributed.decided("time of an answer", time.time))
 
 
 def _answer(questions, turn: int, tokenizer: Tokenizer, write, limit: int, most: int, sampling: Sampling, work: Work):
@@ -135,7 +133,7 @@ def _answer(questions, turn: int, tokenizer: Tokenizer, write, limit: int, most:
         yield fitting[i], kept
 
 
-def _name(question: dict[str, Any], turn: int | str) -> str:
+def _name(question: dict[str, Any], turn: int) -> str:
     """A finished piece's name: another question's is another, and which other questions there are does not matter."""
     return f"{key_of(question)[:16]}/{turn}"
 
@@ -153,7 +151,7 @@ def answer_line(question: dict[str, Any], model_id: str, key: str, work: Work) -
         "answer_id": key_of(identity)[:22],
         "model_id": model_id,
         "choices": [{"index": 0, "turns": answers}],
-        "tstamp": work.get(_name(question, "time")),
+        "tstamp": work.get(_name(question, len(answers) - 1))["time"],
     }
 
 
@@ -271,4 +269,4 @@ def _first(found: dict[str, dict[str, Any]]) -> Html:
 
 def _escaped(text: str) -> str:
     """Text of a page, its lines kept."""
-    return html.escape("\n".join(printable(line) for line in text.split("\n")))
+    return html.escape(printable(text))

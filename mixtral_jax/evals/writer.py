@@ -54,16 +54,20 @@ class Writer:
             yield from zip(picked, self._write(batch, rows, room, sampling, message))
 
     def _write(self, batch: list[list[int]], rows: int, room: int, sampling, message: bool) -> list[Continuation]:
-        """Continues one batch. Smaller batches are filled up, so that all of a width share one compilation."""
-        tokenizer = self._subject.tokenizer
-        filler = [[tokenizer.bos_id]] * (rows - len(batch))
+        """Continues one batch."""
+        full = batch
+        if sampling is None or sampling.temperature == 0:
+            # A smaller batch is filled up, so that all of a width share one compilation. Copies end where the original does, as long as
+            # nothing is drawn.
+            full = batch + batch[-1:] * (rows - len(batch))
         with jax.transfer_guard("allow"), jax.set_mesh(self._mesh):
-            return generate(
+            found = generate(
                 self._weights,
-                tokenizer,
-                batch + filler,
+                self._subject.tokenizer,
+                full,
                 max_tokens=room,
                 sampling=sampling,
                 seed=self._subject.settings.seed,
                 message=message,
-            )[: len(batch)]
+            )
+        return found[: len(batch)]

@@ -15,9 +15,11 @@ from mixtral_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, tr
 from mixtral_jax.evals import passkey, passkey_prompts, passkey_report
 from mixtral_jax.evals.passkey import Grid, Reader, measure
 from mixtral_jax.evals.passkey_prompts import DIGITS, FILLER, OTHERS, ROOM, TASK, trials
+from mixtral_jax.evals.scorer import Request
 from mixtral_jax.evals.settings import Settings
 from mixtral_jax.evals.subject import Subject
 from mixtral_jax.evals.work import Work
+from mixtral_jax.generate import sample
 from mixtral_jax.models import mixtral
 from tests.helpers import on_mesh, shard, tiny
 
@@ -319,6 +321,27 @@ def measured(whose) -> dict:
         return json.loads(json.dumps(dict(passkey.passkey(whose))))
 
 
+def test_a_model_answers_each_trial_by_itself():
+    """In one batch as alone: what it writes, and its log-probabilities of the key and the others, each at its place."""
+    whose = subject()
+    grid = Grid((440,), (0.0, 1.0), trials=2, seed=0, limit=512, reach=math.inf)
+    asked, reader = trials(whose.tokenizer, grid, 440), passkey.reader_of(whose)
+    with jax.set_mesh(whose.mesh):
+        written, scores = dict(reader.write(asked)), dict(reader.score(asked))
+        for i, trial in enumerate(asked):
+            (alone,) = sample(whose.model, whose.tokenizer, [trial.context], max_tokens=ROOM, temperature=0, seed=0)
+            assert written[i] == alone
+        requests = [
+            Request(asked[2].context, passkey_prompts.answer_tokens(whose.tokenizer, number))
+            for number in (asked[2].key, *asked[2].others)
+        ]
+        found = dict(whose.scorer(whose.model, requests))
+    want = [float(found[i].log_probs.sum()) for i in range(1 + OTHERS)]
+    np.testing.assert_allclose(scores[2], want, rtol=1e-5)
+    assert len(set(want)) == 1 + OTHERS
+
+
+@pytest.mark.slow
 def test_a_model_is_asked_the_same_on_any_mesh_and_in_any_batch():
     want = measured(subject())
     settings = dataclasses.replace(subject().settings, batch_tokens=2048)
