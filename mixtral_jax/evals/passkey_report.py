@@ -1,5 +1,6 @@
 """What a report shows of the passkey evaluation: a summary, accuracy by length, and a heatmap of each model."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from mixtral_jax.evals.blocks import Block, Plot, Table
-from mixtral_jax.evals.passkey_prompts import cell_name
+from mixtral_jax.evals.passkey_prompts import DIGITS, KEYS, cell_name
 from mixtral_jax.panels import INK, MUTED, new_axes
 
 PAPER = 1.0  # Mixtral 8x7B, figure 4 (left): at all lengths to 32k and all depths
@@ -44,13 +45,14 @@ def _summary(found: dict[str, dict[str, Any]]) -> Table:
     )
     note = (
         "By generation: the first number written is the key. By likelihood: the key is likelier than nine other numbers. "
-        f"Mean log-probability of the key per digit, nats (chance: -2.303): {digits or 'none'}."
+        f"Mean log-probability of the key per digit, nats (chance: {math.log(1 / len(KEYS)) / DIGITS:.3f}): {digits or 'none'}."
     )
     unseeable = {name: results["unseeable"] for name, results in found.items() if results["unseeable"]}
     if unseeable:
         note += " Not counted, for the key is beyond what the model can see: " + ", ".join(
             f"{count:,} trials of {name}" for name, count in unseeable.items()
         )
+        note += "."
     return Table("Passkey: found in all trials", columns, rows, note)
 
 
@@ -80,7 +82,7 @@ def _mean(shares: list[tuple[float | None, int]]) -> float | None:
 def _heatmaps(name: str, results: dict[str, Any]) -> Plot:
     """Two heatmaps, by generation and by likelihood."""
     lengths, depths = results["lengths"], results["depths"]
-    width, height = max(11.0, 2 + 1.4 * len(lengths)), 1.9 + 0.5 * len(depths)
+    width, height = max(11.0, 2 + 1.6 * len(lengths)), 1.9 + 0.6 * len(depths)
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     grid, image = figure.add_gridspec(1, 2), None
     for column, (measure, (words, baseline)) in enumerate(MEASURES.items()):
@@ -91,7 +93,7 @@ def _heatmaps(name: str, results: dict[str, Any]) -> Plot:
     bar = figure.colorbar(image, ax=figure.axes, pad=0.01, fraction=0.03, ticks=[0, 0.5, 1])
     bar.ax.set_yticklabels(["0%", "50%", "100%"], color=INK, fontsize=9.5)
     bar.outline.set_visible(False)
-    note = "Share of keys found in each cell, in percent."
+    note = "Share of keys found, in percent, and its 95% interval."
     if any(cell["unseeable"] for cell in results["cells"].values()):
         note += (
             " Hatched: the key cannot be seen. With a star: in some of the trials it cannot, and they are not counted."
@@ -112,7 +114,14 @@ def _heatmap(axes: Axes, results: dict[str, Any], measure: str):
                 continue
             star = "*" if cell["unseeable"] else ""
             color = "white" if shares[y, x] > 0.6 else INK
-            axes.text(x, y, f"{100 * shares[y, x]:.0f}{star}", ha="center", va="center", color=color, fontsize=10)
+            style = {"ha": "center", "color": color}
+            axes.text(x, y, f"{100 * shares[y, x]:.0f}{star}", va="bottom", fontsize=10.5, fontweight="bold", **style)
+            interval = f"{100 * cell[f'{measure}_low']:.0f} to {100 * cell[f'{measure}_high']:.0f}"
+            axes.text(x, y + 0.06, interval, va="top", fontsize=8, **style)
+    for x in range(1, len(lengths)):
+        axes.axvline(x - 0.5, color="white", linewidth=2)
+    for y in range(1, len(depths)):
+        axes.axhline(y - 0.5, color="white", linewidth=2)
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
     axes.tick_params(length=0)
