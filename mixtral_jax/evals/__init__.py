@@ -12,7 +12,7 @@ import numpy as np
 
 from mixtral_jax.config import Config
 from mixtral_jax.data import Corpus, first_documents, load_tokenizer
-from mixtral_jax.evals import ngram
+from mixtral_jax.evals import ngram, routing, routing_report
 from mixtral_jax.evals.blocks import Block, Table
 from mixtral_jax.evals.perplexity import Perplexity
 from mixtral_jax.evals.preference import Preference, heldout_reference
@@ -109,5 +109,6 @@ def baselines(config: Config, corpus: Corpus) -> dict[str, float]:
 EVALS = {
     "perplexity": Eval(perplexity, ("pretrain", "sft", "dpo"), scalars("Perplexity")),
     "baselines": Eval(ngrams, ("pretrain",), scalars("Counts of words and pairs of words on the same text")),
+    "routing": Eval(routing.routing, ("pretrain", "sft", "dpo"), routing_report.report, routing.check),
     "preference": Eval(preference, ("dpo",), scalars("Reward accuracy and margins")),
 }
