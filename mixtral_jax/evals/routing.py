@@ -252,8 +252,8 @@ def _headlines(name: str, found: Mapping, layers: Sequence[int]) -> Iterator[tup
 
 
 def _snippet(text: Text, first: list[np.ndarray], layers: Sequence[int], tokenizer: Tokenizer) -> dict[str, Any]:
-    """The start of the first window that is long enough, or of the longest, with each token's first expert in each layer."""
-    lengths = [each.shape[1] for each in first]
+    """The start of the first document that is long enough, or of the longest, with each token's first expert in each layer."""
+    lengths = [each.shape[1] if window.uncounted else 0 for each, window in zip(first, text.windows)]
     at = next((i for i, n in enumerate(lengths) if n >= SNIPPET_TOKENS), int(np.argmax(lengths)))
     window = text.windows[at]
     ids = window.tokens[window.uncounted :][:SNIPPET_TOKENS].tolist()

@@ -91,12 +91,14 @@ def repetition(each: Mapping) -> Figure:
     kinds = {"first": "first choice"} | (
         {"any": "first or second choice" if k == 2 else f"any of {k} choices"} if k > 1 else {}
     )
-    figure = Figure(figsize=(5.6 * max(len(kinds), 1.4), 4.9), dpi=110, facecolor="white")
-    grid = figure.add_gridspec(1, len(kinds), left=0.065, right=0.985, top=0.92, bottom=0.28, wspace=0.16)
+    low = 0.2 + 0.2 * (-(-(len(domains) + 2) // 5))  # inches of the legend
+    figure = Figure(figsize=(5.6 * max(len(kinds), 1.4), 4.2 + low), dpi=110, facecolor="white")
+    grid = figure.add_gridspec(
+        1, len(kinds), left=0.065, right=0.985, top=0.93, bottom=(low + 0.55) / (4.2 + low), wspace=0.16
+    )
     layer = np.arange(each["layers"])
     for column, (kind, words) in enumerate(kinds.items()):
-        axes = new_axes(figure, grid[column], f"same expert as the token before: {words}")
-        axes.title.set_fontsize(11)
+        axes = new_axes(figure, grid[column], words)
         for i, (name, counts) in enumerate(domains.items()):
             color = COLOURS[i % len(COLOURS)]
             share_L = np.asarray(counts[f"{kind}_repeats_L"]) / counts["pairs"]
@@ -119,7 +121,7 @@ def repetition(each: Mapping) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes = figure.axes[0]
-    axes.set_ylabel("pairs of neighbours", color=MUTED, fontsize=10)
+    axes.set_ylabel("same expert as the token before", color=MUTED, fontsize=10)
     figure.legend(*axes.get_legend_handles_labels(), loc="lower left", bbox_to_anchor=(0.05, 0.0), ncols=5, **LEGEND)
     return figure
 
