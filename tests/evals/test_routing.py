@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 
 from mixtral_jax.config import UserError
+from mixtral_jax.convert.__main__ import main
 from mixtral_jax.data.tokenizer import ByteTokenizer
 from mixtral_jax.evals import routing
 from mixtral_jax.evals import routing_counts as counting
 from mixtral_jax.evals.settings import Settings
 from mixtral_jax.evals.subject import Subject
+from mixtral_jax.load import load
 from mixtral_jax.models import mixtral
 from mixtral_jax.models.routing import choices
+from tests.convert import sources
+from tests.golden import reference
 from tests.helpers import on_mesh, shard, tiny
 
 E, WIDTH = 8, 32
@@ -56,12 +60,17 @@ def measured(monkeypatch, texts, model=None, folder=None, settings=None, mesh=No
         model = mixtral.init(config.model, jax.random.key(0))
         # A steep router: near-ties, which rounding decides, are rare.
         model.layers.w_router_DE[...] = model.layers.w_router_DE[...] * 20
+    found = results_of(monkeypatch, texts, config, shard(model, devices), devices, folder, settings)
+    return found, config, model
+
+
+def results_of(monkeypatch, texts, config, model, devices, folder=None, settings=None):
     monkeypatch.setattr(routing, "domains", lambda _: {name: spelled(text) for name, text in texts.items()})
     with jax.set_mesh(devices):
         subject = Subject(
             name="a model",
             config=config,
-            model=shard(model, devices),
+            model=model,
             mesh=devices,
             tokenizer=Numbers(),
             settings=settings or Settings(),
@@ -69,7 +78,7 @@ def measured(monkeypatch, texts, model=None, folder=None, settings=None, mesh=No
             note=print,
             folder=folder,
         )
-        return dict(routing.routing(subject)), config, model
+        return dict(routing.routing(subject))
 
 
 def planted(first, second):
@@ -86,12 +95,12 @@ def planted(first, second):
     return model
 
 
-def windows_by_hand(ids):
+def windows_by_hand(ids, width):
     whole = [Numbers.bos_id, *ids]
-    return [whole[at : at + WIDTH] for at in range(0, len(whole), WIDTH)]
+    return [whole[at : at + width] for at in range(0, len(whole), width)]
 
 
-def recounted(texts, index_of, layers, k, e=E):
+def recounted(texts, index_of, layers, k, e=E, width=WIDTH):
     """The statistics in plain Python; index_of(window) gives [layer][token][choice]."""
     found = {
         "tokens": 0,
@@ -104,7 +113,7 @@ def recounted(texts, index_of, layers, k, e=E):
     }
     for ids in texts:
         found["documents"] += bool(ids)
-        for number, window in enumerate(windows_by_hand(ids) if ids else []):
+        for number, window in enumerate(windows_by_hand(ids, width) if ids else []):
             chosen = index_of(window)
             text = range(number == 0, len(window))
             found["tokens"] += len(text)
@@ -279,3 +288,38 @@ def test_a_domain_without_neighbours_is_refused(monkeypatch):
 def test_shown_layers():
     assert [routing.shown_layers(n, Settings()) for n in (1, 2, 3, 32)] == [[0], [0, 1], [0, 1, 2], [0, 15, 31]]
     assert routing.shown_layers(32, Settings(routing_layers=(5, 1))) == [1, 5]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["mixtral", "deep_top4_of_16"])
+def test_statistics_equal_a_recount_from_transformers(monkeypatch, tmp_path, name):
+    """From its router logits of each token, of the exported model, one window at a time."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    shape = reference.LIVE[name]
+    weights = reference.weights(shape)
+    source = sources.write(tmp_path / "hf", sources.tensors(weights), sources.config_json(shape))
+    assert main(["import", f"--from={source}", f"--to={tmp_path / 'run'}"]) == 0
+    assert main(["export", f"--from={tmp_path / 'run'}", f"--to={tmp_path / 'back'}"]) == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "back", attn_implementation="eager", experts_implementation="eager"
+    )
+    k, e, layers = shape["experts_per_token"], shape["num_experts"], shape["num_layers"]
+    margins = []
+
+    def index_of(window):
+        with torch.no_grad():
+            out = theirs(input_ids=torch.tensor([window]), output_router_logits=True)
+        logits = np.stack([each.numpy().reshape(len(window), e) for each in out.router_logits])
+        ranked = -np.sort(-logits, -1)
+        margins.append((ranked[..., :k] - ranked[..., 1 : k + 1]).min())
+        return np.argsort(-logits, -1, kind="stable")[..., :k].tolist()
+
+    config, model, mesh = load(str(tmp_path / "run"))
+    texts = {"one": random_text(lengths=(300, 1, 70, 0, 9)), "two": random_text(1, range(5))}
+    found = results_of(monkeypatch, texts, config, model, mesh)
+    width = min(config.train.seq_len, config.model.max_seq_len)
+    for domain, text in texts.items():
+        want = recounted(text, index_of, layers, k, e, width)
+        got = {key: found["domains"][domain][key] for key in COUNTS}
+        assert got == want, f"{domain}; the smallest margin between choices is {min(margins):.1e}"
