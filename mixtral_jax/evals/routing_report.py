@@ -178,7 +178,7 @@ def typical_table(each: Mapping, of: str = "") -> Table:
             said = "  ".join(
                 f"{shown(token)} {100 * token['here'] / token['count']:.0f}%" for token in tokens[:SHOWN_TOKENS]
             )
-            rows.append([layer, expert, said or None])
+            rows.append([int(layer), expert, said or None])
     note = (
         "First choice, all domains together: the tokens whose odds of going to the expert exceed those of any token most, and how "
         "many percent of their occurrences go there. Spaces are ␣, line breaks ↵; #12 is a token without a text of its own."
