@@ -28,7 +28,8 @@ _EVALS = flags.DEFINE_list(
     "evals", None, "Which evaluations, separated by commas, or all; default: the short ones that fit the run's stage."
 )
 _COMPARE = cli.define_several(
-    "compare", "Checkpoints to compare on the held-out data of the last tuned one: the base first, then SFT, DPO."
+    "compare",
+    "Checkpoints to set side by side, the base first, then SFT, DPO: on what the last tuned one held out, and with --evals.",
 )
 _QUESTIONS = flags.DEFINE_integer("questions", 5, "With --compare: held-out questions that every model answers.")
 _OUT = flags.DEFINE_string("out", None, "Folder for the results, for example reports/tiny.")
@@ -67,10 +68,10 @@ def main() -> None:
     for name in ("out",) if several else ("checkpoint", "out"):
         if not flags.FLAGS[name].value:
             raise UserError(f"--{name} is missing; for example --checkpoint=runs/tiny --out=reports/tiny")
-    if several and (_CHECKPOINT.value or _EVALS.value or step not in (None, "best")):
+    if several and (_CHECKPOINT.value or step not in (None, "best")):
         raise UserError(
-            "--compare takes all checkpoints by itself and has measurements of its own: leave --checkpoint, --evals and a number "
-            "in --step out (WORKDIR/checkpoints/STEP names a step)"
+            "--compare takes all checkpoints by itself: leave --checkpoint and a number in --step out (WORKDIR/checkpoints/STEP "
+            "names a step)"
         )
     settings, sizes = _settings(), mesh_sizes(_MESH.value)
     from mixtral_jax import compilation_cache
@@ -81,7 +82,7 @@ def main() -> None:
     compilation_cache.enable()
     cli.join_processes()
     if several:
-        compare.compare(several, _OUT.value, _QUESTIONS.value, step)
+        compare.compare(several, _OUT.value, _QUESTIONS.value, step, _EVALS.value, settings, sizes)
     else:
         run.evaluate(_CHECKPOINT.value, step, _EVALS.value, _OUT.value, settings, sizes)
 

@@ -25,13 +25,15 @@ def main() -> None:
         raise UserError("--workdir is missing; for example --workdir=runs/tiny")
     # After the checks: a mistake is answered before jax has started.
     from mixtral_jax import compilation_cache, evals, trainer
+    from mixtral_jax.evals import during
     from mixtral_jax.profile import parse_profile
 
     profile = parse_profile(_PROFILE.value)
+    during.check(config)
 
     compilation_cache.enable()
     cli.join_processes()
-    trainer.fit(config, _WORKDIR.value, evals.heldout, evals.baselines, profile)
+    trainer.fit(config, _WORKDIR.value, evals.heldout, evals.baselines, profile, during.measure)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,7 @@ def base() -> ConfigDict:
             log_every=10,
             eval_every=500,
             eval_batches=16,  # batches of an evaluation during training; the final one reads the whole held-out split
+            evals=(),  # evaluations of eval.py during training, NAME@STEPS each: ("routing@1000", "passkey@5000")
             sample_every=500,
             sample_prompts=("def ",),  # continued; in sft and dpo they are questions and are answered
             sample_tokens=64,

@@ -4,6 +4,8 @@ import contextlib
 import textwrap
 from collections.abc import Callable
 
+import jax
+
 from mixtral_jax import distributed, metrics, report
 from mixtral_jax.checkpoint import SaveError
 from mixtral_jax.generate import encode_chat, sample
@@ -20,6 +22,15 @@ def evaluate(run: Run, step: int) -> float:
     run.progress.note(f"held-out at step {step}: {_in_words(found)}")
     draw_report(run)
     return found["loss"]
+
+
+def measure(run: Run, step: int, names: list[str]) -> None:
+    """Runs evaluations that train.evals names, and writes a line of each one's numbers."""
+    with jax.transfer_guard("allow"):
+        for name, found in run.measure(run, names):
+            run.write("eval", step, {f"{name}/{metric}": value for metric, value in found.items()})
+            few = ", ".join(f"{metric} {value:.4g}" for metric, value in list(found.items())[:4])
+            run.progress.note(f"{name} at step {step}: {few}")
 
 
 def draw_report(run: Run) -> None:

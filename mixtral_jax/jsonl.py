@@ -91,7 +91,7 @@ def make_line(kind: str, step: int, values: Mapping[str, Any]) -> dict[str, Any]
     """Makes a line of what JSON knows.
 
     Args:
-        kind: what the line is: session, train, heldout, sample or final.
+        kind: what the line is: session, train, heldout, eval, sample or final.
         step: number of optimizer steps done.
         values: scalars, strings, None, and arrays or nested lists of numbers (NumPy, JAX or Python). Floats keep 7
             digits, the precision of float32. NaN and infinity, which JSON lacks, become null, and the names of

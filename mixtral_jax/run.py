@@ -59,6 +59,7 @@ class Run:
     seconds: Counter = dataclasses.field(default_factory=Counter)  # of the breakdown, since the last train line
     steps_since_line: int = 0
     copied: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)  # see mirror.push
+    measure: Callable | None = None  # see trainer.fit
     save_error: SaveError | None = None  # of the latest save
 
     @property

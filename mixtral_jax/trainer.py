@@ -38,6 +38,7 @@ def fit(
     make_heldout: Callable,
     baselines: Callable,
     profile: tuple[int, int] | None = None,
+    measure: Callable | None = None,
 ) -> dict[str, float]:
     """Trains to config.train.steps, resuming where the workdir left off.
 
@@ -47,6 +48,7 @@ def fit(
         make_heldout: (config, corpus, Reference or None) -> callable (params, limit, frozen) -> {"loss", ...}.
         baselines: (config, corpus) -> scores to compare with at the end.
         profile: trace the steps from the first to the one before the second, counted from 1.
+        measure: (Run, names) -> (evaluation, {metric: number}) one after the other, for what train.evals names.
 
     Returns:
         The final metrics: held-out loss and bits per byte, and the baselines'. Empty if the run was finished before.
@@ -70,6 +72,7 @@ def fit(
     ):
         with _memory_explained(config), _files_explained():
             run = start(config, local, make_heldout, workdir)
+            run.measure = measure
         try:
             with jax.set_mesh(run.mesh), _memory_explained(config):
                 profiler = Profiler(local, *(profile or (0, 0)))
@@ -187,12 +190,13 @@ def _note(run: Run, text: str | None) -> None:
 
 
 def _due(train: TrainConfig, step: int, stopping: bool) -> set[str]:
-    """What is to be done after a step: evaluate, sample, save."""
+    """What is to be done after a step: evaluate, sample, save, and the names of train.evals."""
     every = {"evaluate": train.eval_every, "sample": train.sample_every, "save": train.checkpoint_every}
+    every |= train.evals_every()
     due = {name for name, n in every.items() if n > 0 and step % n == 0}
     if step == train.steps:
         # The last evaluation reads the whole split, after the loop.
-        due = (due - {"evaluate"}) | {"save"} | ({"sample"} if train.sample_every else set())
+        due = (due - {"evaluate"}) | {"save"} | ({"sample"} if train.sample_every else set()) | set(train.evals_every())
     return {"save"} if stopping else due
 
 
@@ -221,6 +225,9 @@ def _interlude(run: Run, step: int, due: set[str], data_state: dict) -> None:
     if "sample" in due:
         with run.breakdown.measure("sample"):
             interlude.draw_sample(run, step)
+    if names := [name for name in run.config.train.evals_every() if name in due]:
+        with run.breakdown.measure("eval"):
+            interlude.measure(run, step, names)
     if "save" in due:
         with run.breakdown.measure("checkpoint"):
             interlude.save(run, step, data_state, loss)

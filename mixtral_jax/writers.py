@@ -95,7 +95,7 @@ def _stored(path: Path) -> dict[str, Any]:
 def tags(line: Mapping[str, Any]) -> dict[str, float | str | list[float]]:
     """Sorts the values of a line into sections, as viewers group by what stands before the slash.
 
-    `train/`, `heldout/`, `final/` hold a kind's scalars; of a train line seconds and goodput go to `time/`, what
+    `train/`, `heldout/`, `eval/`, `final/` hold a kind's scalars; of a train line seconds and goodput go to `time/`, what
     concerns the router to `router/`. A list over layers (entropy_L) becomes a scalar of each layer,
     `router_entropy/layer_03`; a table over layers and experts (load_LE) a histogram of each layer. Sessions and what is
     null are left out.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import subprocess
 
 # Nearly all of the suite's time is compilation, so LLVM optimises nothing here; the programs stay the same.
 os.environ["XLA_FLAGS"] = (
@@ -23,6 +24,7 @@ def fit(tmp_path):
     """Returns a function that trains a tiny run in tmp_path, in this process."""
     # Here, because the flags above must be set before anything of ours starts jax.
     from mixtral_jax import evals, trainer
+    from mixtral_jax.evals import during
     from tests.helpers import tiny
     from tests.processes import write_corpus
 
@@ -45,6 +47,20 @@ def fit(tmp_path):
         )
         config = tiny(**defaults | changes)
         config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=-1))
-        return trainer.fit(config, tmp_path / name, evals.heldout, evals.baselines)
+        return trainer.fit(config, tmp_path / name, evals.heldout, evals.baselines, measure=during.measure)
 
     return run
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A tmpfs of 3 MB; mounting needs root, so without it the test is skipped."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -174,3 +174,13 @@ def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> Non
             other[name].view(np.uint8) if leaf.ndim else other[name],
             err_msg=name,
         )
+
+
+def fill(path: Path) -> None:
+    """Writes zeros until the disk is full."""
+    with open(path, "wb", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)):
+                pass
+        except OSError:
+            pass

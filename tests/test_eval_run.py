@@ -18,6 +18,7 @@ from mixtral_jax.models import mixtral
 from mixtral_jax.sharding import named_leaves
 from mixtral_jax.workdir import store_run
 from tests.helpers import on_mesh, shard, tiny
+from tests.processes import fill
 
 V = 512
 
@@ -139,3 +140,53 @@ def test_mistakes_end_with_status_2_and_an_explanation(tmp_path, arguments, word
     for word in words:
         assert word in done.stderr
     assert not list(tmp_path.glob("**/results.json"))
+
+
+def test_a_tokenizer_of_another_model_is_refused(workdir, tmp_path):
+    values = json.loads((workdir / "config.json").read_text())
+    values["model"]["vocab_size"] = 200
+    (workdir / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"bytes has 258 ids and the model's vocab_size is 200"):
+        run.evaluate(str(workdir), 2, ["perplexity"], str(tmp_path / "out"))
+
+
+def test_a_checkpoint_of_another_shape_is_refused(workdir, tmp_path):
+    values = json.loads((workdir / "config.json").read_text())
+    values["model"]["num_layers"] += 1
+    (workdir / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"w_gate_EDF"):
+        run.evaluate(str(workdir), 2, ["perplexity"], str(tmp_path / "out"))
+
+
+def test_what_is_finished_stays_when_a_later_evaluation_fails(workdir, tmp_path, monkeypatch):
+    """The report of the first is on the disk, and says what is missing; the same command then does the rest."""
+
+    def fails(subject):
+        yield "one", 1
+        raise UserError("no data set")
+
+    monkeypatch.setitem(run.EVALS, "planted", run.EVALS["baselines"]._replace(run=fails))
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="no data set"):
+        run.evaluate(str(workdir), 2, ["baselines", "planted"], str(out))
+    written = json.loads((out / "results.json").read_text())
+    assert written["unfinished"] == ["planted"]
+    assert set(written["results"]) == {"baselines"}
+    monkeypatch.setitem(run.EVALS, "planted", run.EVALS["baselines"]._replace(run=lambda subject: iter([("one", 1)])))
+    found = run.evaluate(str(workdir), 2, ["baselines", "planted"], str(out))
+    written = json.loads((out / "results.json").read_text())
+    assert "unfinished" not in written
+    assert written["results"]["planted"] == found["planted"] == {"one": 1}
+
+
+def test_a_full_disk_is_explained_and_harms_nothing(workdir, small_disk, tmp_path):
+    out = small_disk / "out"
+    found = run.evaluate(str(workdir), 2, ["baselines"], str(out))
+    before = (out / "results.json").read_text()
+    fill(small_disk / "ballast")
+    with pytest.raises(UserError, match=r"No space left on device.*run the same command again"):
+        run.evaluate(str(workdir), 2, ["perplexity", "baselines"], str(out))
+    assert (out / "results.json").read_text() == before
+    assert not list(out.glob("results.json.*")), "nothing half-written"
+    (small_disk / "ballast").unlink()
+    assert run.evaluate(str(workdir), 2, ["perplexity", "baselines"], str(out))["baselines"] == found["baselines"]

@@ -15,6 +15,7 @@ from tests import processes
 from tests.processes import (
     assert_same,
     command,
+    fill,
     logged,
     run,
     steps_logged,
@@ -121,30 +122,6 @@ def test_a_damaged_checkpoint_is_said_aloud_and_the_newest_good_one_is_used(tmp_
     assert f"step {good} is the newest good one" in out
     assert_same(stored(workdir, 8, train__steps=8, **changes), stored(straight, 8, train__steps=8, **changes))
     assert logged(workdir) == logged(straight)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A tmpfs of 3 MB; mounting needs root, so without it the test is skipped."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def fill(path: Path) -> None:
-    """Writes zeros until the disk is full."""
-    with open(path, "wb", buffering=0) as file:
-        try:
-            while file.write(bytes(4096)):
-                pass
-        except OSError:
-            pass
 
 
 def test_a_full_disk_stops_the_run_and_harms_no_checkpoint(tmp_path, changes, launch, small_disk):

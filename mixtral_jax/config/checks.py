@@ -198,6 +198,7 @@ def _validate_tuning(config: Config) -> None:
         not (optim.freeze_router and config.loss.bias_update_rate),
         f"optim.freeze_router=True with loss.bias_update_rate={config.loss.bias_update_rate}, which moves the routers; set the rate to 0",
     )
+    train.evals_every()
     require(
         train.sample_every == 0 or train.sample_prompts != (),
         "train.sample_prompts is empty; name one, or set train.sample_every=0",

@@ -170,6 +170,7 @@ class TrainConfig:
     log_every: int
     eval_every: int
     eval_batches: int
+    evals: tuple[str, ...]
     sample_every: int
     sample_prompts: tuple[str, ...]
     sample_tokens: int
@@ -181,6 +182,22 @@ class TrainConfig:
     skip_nonfinite: int
     continue_on_save_error: bool
     wandb: str
+
+    def evals_every(self) -> dict[str, int]:
+        """`evals` as {evaluation: every how many steps}.
+
+        Raises:
+            UserError: an item is no NAME@STEPS, or a name comes twice.
+        """
+        found: dict[str, int] = {}
+        for item in self.evals:
+            name, _, steps = item.partition("@")
+            if not name or not steps.isdecimal() or int(steps) < 1 or name in found:
+                raise UserError(
+                    f"train.evals={self.evals}: {item!r} is no NAME@STEPS, or a second one of that name; write routing@1000"
+                )
+            found[name] = int(steps)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -105,6 +105,7 @@ def run_config(model: ModelConfig, balance_weight: float, tokenizer: str) -> Con
             log_every=10,
             eval_every=500,
             eval_batches=16,
+            evals=(),
             sample_every=500,
             sample_prompts=("def ",),
             sample_tokens=64,

@@ -1,26 +1,43 @@
 """A base model and what it was tuned into, on the same held-out conversations, pairs and questions."""
 
 import dataclasses
-import json
+import hashlib
 import logging
+import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from mixtral_jax import distributed
 from mixtral_jax.config import Config, UserError
 from mixtral_jax.data import Corpus, TokenFile, open_chat_corpus
-from mixtral_jax.evals import compare_report
+from mixtral_jax.evals import compare_report, pages
 from mixtral_jax.evals.perplexity import Perplexity
 from mixtral_jax.evals.preference import answer_tokens, heldout_reference, likelihood_ranking, reward_ranking
 from mixtral_jax.evals.questions import Question, choose_questions, chosen_answers
-from mixtral_jax.evals.run import merged, output_folder, own_corpus, versions
+from mixtral_jax.evals.run import (
+    ALL,
+    UNFINISHED,
+    fitting,
+    known,
+    measure,
+    merged,
+    open_subject,
+    output_folder,
+    own_corpus,
+    refuse_early,
+    versions,
+    write_json,
+)
+from mixtral_jax.evals.settings import Settings
+from mixtral_jax.evals.subject import Subject
 from mixtral_jax.generate import sample
-from mixtral_jax.load import load, stored_config, stored_meta, stored_tokenizer
+from mixtral_jax.load import stored_config, stored_tokenizer
 from mixtral_jax.reference import score_pairs
 from mixtral_jax.resolve import Checkpoint, resolve_checkpoint
 
@@ -47,8 +64,28 @@ class Heldout(NamedTuple):
     questions: list[Question]
 
 
-def compare(specs: Sequence[str], out: str, questions: int = 5, step: str | None = None) -> dict:
-    """Compares checkpoints, prints a table, and writes comparison.json, .md and .png into a folder.
+class Measured(NamedTuple):
+    """What one model gives on the held-out data."""
+
+    results: dict
+    texts: list[str]  # its answers to the questions
+    config: Config  # that its rows were made with
+    log_probs: np.ndarray | None  # float32 [pairs, 2]
+
+
+def compare(
+    specs: Sequence[str],
+    out: str,
+    questions: int = 5,
+    step: str | None = None,
+    names: Sequence[str] | None = None,
+    settings: Settings | None = None,
+    mesh_sizes: dict[str, int] | None = None,
+) -> dict:
+    """Compares checkpoints: prints tables, and writes comparison.json, report.md and report.html into a folder.
+
+    What was tuned, and the base before it, are compared on what the last tuned run held out, and answer its questions.
+    Evaluations of EVALS are set side by side.
 
     Args:
         specs: the checkpoints (see resolve.py), the base first, then what it was tuned into. Held-out data, tokenizer and
@@ -56,49 +93,89 @@ def compare(specs: Sequence[str], out: str, questions: int = 5, step: str | None
         out: the folder.
         questions: how many held-out questions the models are asked besides train.sample_prompts.
         step: None, the newest of each workdir, or "best".
+        names: evaluations; a checkpoint of a stage for which one means nothing goes without it. None: where nothing is tuned
+            the short ones, else none.
+        settings: of the evaluations. Where they do not name a text, perplexity reads the standard library's domains: held-out
+            splits of several runs are different texts.
+        mesh_sizes: see load.load.
 
     Returns:
-        what is in comparison.json: of each model its results, configuration, checkpoint and step; the questions with the
-        data's and the models' answers; the data, notes and versions.
+        what is in comparison.json: of each model its results, evaluations, configuration, checkpoint and step; the questions
+        with the data's and the models' answers; the data, notes and versions.
 
     Raises:
-        UserError: fewer than two checkpoints, one that is missing, none of SFT or DPO, other tokenizers, rows that are
-            too long for a model, or data that changed.
+        UserError: fewer than two checkpoints, one that is missing, an unknown evaluation; where one is tuned, other
+            tokenizers, rows that are too long for a model, or data that changed.
     """
     if len(specs) < 2:
         raise UserError(f"--compare={' '.join(specs)}; give at least two checkpoints, the base first")
     if questions < 0:
         raise UserError(f"--questions={questions}; it must be at least 0")
+    settings = settings or Settings()
+    settings = settings if settings.text else dataclasses.replace(settings, text=("stdlib",))
+    names = known(names)
     entrants = _entrants([resolve_checkpoint(spec, step) for spec in specs])
-    last = _last_tuned(entrants)
-    tokenizer = stored_tokenizer(last.checkpoint)
-    _require_alike(entrants, last, tokenizer)
+    tuned = [each for each in entrants if each.config.train.stage != "pretrain"]
+    asked = {each.name: _asked(each, names, bool(tuned)) for each in entrants}
+    _refuse_unfit(entrants, asked, names, settings)
+    heldout = None
+    if tuned:
+        tokenizer = stored_tokenizer(tuned[-1].checkpoint)
+        _require_alike(entrants, tuned[-1], tokenizer)
     folder = output_folder(out)
-    heldout = _open(entrants, last, tokenizer, questions)
-    results, texts, scorers = {}, [], {}
+    if tuned:
+        heldout = _open(entrants, tuned[-1], tokenizer, questions)
+    results, evaluated, texts, scorers, record = {}, {}, [], {}, {}
     for i, entrant in enumerate(entrants, 1):
         logger.info("%d of %d: %s", i, len(entrants), entrant.checkpoint)
-        found, answers = _measure(entrant, heldout, tokenizer, scorers)
-        results[entrant.name] = found
-        texts.append(answers)
+        subject, record = open_subject(entrant.checkpoint, settings, folder / UNFINISHED, mesh_sizes)
+        evaluated[entrant.name] = measure(subject, asked[entrant.name], lambda *_: None)
+        measured = _measure(entrant, subject, heldout, scorers) if heldout else None
+        mesh, meta = subject.mesh, subject.meta
+        del subject  # the reference of a DPO run may have to be loaded
+        if measured and heldout.pairs is not None and entrant.config.train.stage == "dpo":
+            measured.results["preference"] = _rewards(entrant, measured, heldout, mesh, meta)
+        results[entrant.name] = measured.results if measured else {}
+        texts.append(measured.texts if measured else [])
     report = {
         "results": results,
+        "evals": evaluated,
         "stage": {each.name: each.config.train.stage for each in entrants},
         "checkpoint": {each.name: str(each.checkpoint) for each in entrants},
         "step": {each.name: each.checkpoint.step for each in entrants},
-        "config": {each.name: each.config.to_dict() for each in entrants},
         "questions": [
             {"question": asked.text, "held_out": asked.heldout, "answer": asked.answer}
             | {"answers": dict(zip(results, given))}
-            for asked, given in zip(heldout.questions, zip(*texts), strict=True)
+            for asked, given in zip(heldout.questions if heldout else [], zip(*texts), strict=True)
         ],
-        "data": _described(heldout),
-        "notes": _notes(entrants, heldout),
+        "data": _described(heldout) if heldout else None,
+        "notes": _notes(entrants, heldout) if heldout else [],
+        "seed": settings.seed,
+        "devices": record["devices"],
+        "settings": record["settings"],
+        "config": {each.name: each.config.to_dict() for each in entrants},
         "versions": versions(),
     }
     if distributed.speaks():
         _write(report, folder)
     return report
+
+
+def _asked(entrant: Entrant, names: Sequence[str] | None, tuned: bool) -> list[str]:
+    """The evaluations of one checkpoint: of those that were named, what means something for its stage."""
+    if names is None:
+        return [] if tuned else fitting(entrant.config.train.stage, None, entrant.name)
+    everything = fitting(entrant.config.train.stage, [ALL], entrant.name)
+    return everything if ALL in names else [name for name in dict.fromkeys(names) if name in everything]
+
+
+def _refuse_unfit(entrants: Sequence[Entrant], asked: dict[str, list[str]], names, settings: Settings) -> None:
+    for name in set(names or ()) - {ALL}:
+        if not any(name in each for each in asked.values()):
+            stages = ", ".join(f"{each.name} is of {each.config.train.stage}" for each in entrants)
+            raise UserError(f"--evals={name} means nothing for any of the checkpoints ({stages}); leave it out")
+    for each in entrants:
+        refuse_early(asked[each.name], each.config, settings)
 
 
 def _entrants(checkpoints: Sequence[Checkpoint]) -> list[Entrant]:
@@ -119,17 +196,6 @@ def _entrants(checkpoints: Sequence[Checkpoint]) -> list[Entrant]:
             return [Entrant(name, each, stored_config(each)) for name, each in zip(names, checkpoints)]
     twice = next(name for name in names if names.count(name) > 1)
     raise UserError(f"--compare: {twice} is given {names.count(twice)} times; give each checkpoint once")
-
-
-def _last_tuned(entrants: Sequence[Entrant]) -> Entrant:
-    tuned = [each for each in entrants if each.config.train.stage != "pretrain"]
-    if not tuned:
-        given = ", ".join(str(each.checkpoint) for each in entrants)
-        raise UserError(
-            f"--compare: 0 of {len(entrants)} checkpoints are of SFT or DPO ({given}), so there are no held-out "
-            "conversations to compare them on; give one that is, or evaluate each with --checkpoint"
-        )
-    return tuned[-1]
 
 
 def _require_alike(entrants: Sequence[Entrant], last: Entrant, tokenizer) -> None:
@@ -172,31 +238,58 @@ def _open(entrants: Sequence[Entrant], last: Entrant, tokenizer, count: int) -> 
     return Heldout(config, last.name, answers, pairs, asked)
 
 
-def _measure(
-    entrant: Entrant, heldout: Heldout, tokenizer, scorers: dict[Config, Perplexity]
-) -> tuple[dict, list[str]]:
-    """Returns a model's results, and its answers to the questions; scorers are kept, for models of one shape are compiled once."""
-    own, model, mesh = load(entrant.checkpoint)
-    last = heldout.config
+def _measure(entrant: Entrant, subject: Subject, heldout: Heldout, scorers: dict[Config, Perplexity]) -> Measured:
+    """Measures a model; scorers are kept, for models of one shape are compiled once.
+
+    Each result is kept as soon as it is there, and an interrupted comparison takes it from there.
+    """
+    own, mesh, last = subject.config, subject.mesh, heldout.config
     train = dataclasses.replace(last.train, batch_size=own.train.batch_size, accumulation_steps=1)
     config = dataclasses.replace(merged(last), model=own.model, mesh=own.mesh, train=train)
     if config not in scorers:
         scorers[config] = Perplexity(config, heldout.answers)
-    with jax.set_mesh(mesh):
-        results = {"answers": scorers[config](model)}
+    results, log_probs = {}, None
+    with jax.set_mesh(mesh), subject.work("compare", heldout=_identity(heldout), own=entrant.config.to_dict()) as work:
+
+        def once(name: str, make: Callable):
+            if name not in work:
+                work.put(name, make())
+            return work.get(name)
+
+        results["answers"] = once("answers", lambda: scorers[config](subject.model))
         if heldout.pairs is not None:
             pairs = heldout.pairs.heldout
-            log_probs, tokens = score_pairs(config, pairs, model, mesh, "held-out pairs"), answer_tokens(pairs)
-            results["pairs"] = likelihood_ranking(log_probs, tokens)
-        texts = _answers(model, tokenizer, heldout)
-        if heldout.pairs is not None and own.train.stage == "dpo":
-            del model  # the reference may have to be loaded
-            # Its reference and its loss, on the rows that are compared.
-            started = dataclasses.replace(train, stage="dpo", init_from=own.train.init_from, seed=own.train.seed)
-            config = dataclasses.replace(config, train=started, dpo=own.dpo)
-            reference = heldout_reference(config, heldout.pairs, stored_meta(entrant.checkpoint), mesh, logger.info)
-            results["preference"] = reward_ranking(own.dpo, log_probs, tokens, reference)
-    return results, texts
+            scored = once("pairs", lambda: score_pairs(config, pairs, subject.model, mesh, "held-out pairs").tolist())
+            log_probs = np.asarray(scored, np.float32)
+            results["pairs"] = likelihood_ranking(log_probs, answer_tokens(pairs))
+        texts = once("texts", lambda: _answers(subject.model, subject.tokenizer, heldout))
+    return Measured(results, texts, config, log_probs)
+
+
+def _rewards(entrant: Entrant, measured: Measured, heldout: Heldout, mesh, meta: dict) -> dict[str, float]:
+    """How a DPO run ranks the pairs by reward: with its own reference and loss, on the rows that are compared."""
+    own, config = entrant.config, measured.config
+    train = dataclasses.replace(config.train, stage="dpo", init_from=own.train.init_from, seed=own.train.seed)
+    config = dataclasses.replace(config, train=train, dpo=own.dpo)
+    with jax.set_mesh(mesh):
+        reference = heldout_reference(config, heldout.pairs, meta, mesh, logger.info)
+    tokens = answer_tokens(heldout.pairs.heldout)
+    return reward_ranking(own.dpo, measured.log_probs, tokens, reference)
+
+
+def _identity(heldout: Heldout) -> dict:
+    """What decides the results besides the model: the held-out rows and the questions."""
+    pairs = None if heldout.pairs is None else heldout.pairs.key
+    asked = [[asked.text, list(map(int, asked.context))] for asked in heldout.questions]
+    train = heldout.config.train
+    tokens = hashlib.sha256(np.ascontiguousarray(heldout.answers.tokens).tobytes()).hexdigest()
+    return {
+        "answers": tokens,
+        "pairs": pairs,
+        "questions": asked,
+        "tokens": train.sample_tokens,
+        "seq_len": train.seq_len,
+    }
 
 
 def _answers(model, tokenizer, heldout: Heldout) -> list[str]:
@@ -255,16 +348,24 @@ def _notes(entrants: Sequence[Entrant], heldout: Heldout) -> list[str]:
 
 
 def _write(report: dict, folder: Path) -> None:
-    """Writes the three files and prints the table."""
-    try:
-        (folder / "comparison.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        (folder / "comparison.md").write_text(compare_report.markdown(report), "utf-8")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing")  # an answer may hold any character
-            compare_report.draw(report).savefig(
-                folder / "comparison.png", dpi=110, metadata={"Software": "mixtral_jax"}
-            )
-    except OSError as error:
-        raise UserError(f"--out={folder} cannot be written: {error}") from error
-    print(compare_report.table(report))
-    print(f"written to {folder / 'comparison.json'}, comparison.md and comparison.png")
+    """Writes the files, prints the tables, and lets go of what was kept for an interruption."""
+    write_json(folder / "comparison.json", report)
+    found, extra = report["evals"], []
+    tables = [pages.terminal(found)] if any(found.values()) else []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # an answer may hold any character
+        if report["data"] is not None:
+            extra = compare_report.blocks(report)
+            tables.insert(0, compare_report.table(report))
+            picture = compare_report.draw(report)
+            try:
+                picture.savefig(folder / "comparison.png", dpi=110, metadata={"Software": "mixtral_jax"})
+            except OSError as error:
+                raise UserError(f"--out={folder} cannot be written: {error}") from error
+        record = {
+            name: report[name] for name in ("checkpoint", "step", "seed", "devices", "settings", "config", "versions")
+        }
+        pages.write(folder, " / ".join(report["results"]), found, record, extra)
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+    print("\n\n".join(tables))
+    print(f"written to {folder / 'comparison.json'}, report.md and report.html")

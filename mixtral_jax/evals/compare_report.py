@@ -1,6 +1,5 @@
-"""A comparison of models as a table for the terminal, a page and a picture, from what is in comparison.json alone."""
+"""A comparison of models as a table for the terminal, blocks of a page and a picture, from what is in comparison.json alone."""
 
-import re
 import textwrap
 from collections.abc import Sequence
 
@@ -10,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from mixtral_jax.evals.blocks import Block, Plot, Table, Words
 from mixtral_jax.panels import INK, LEGEND, MUTED, empty, new_axes
 from mixtral_jax.progress import printable
 
@@ -39,20 +39,26 @@ def table(report: dict) -> str:
     return "\n".join([*lines, "", *notes])
 
 
-def markdown(report: dict) -> str:
-    """The page: the figures, the notes, and the answers side by side."""
-    lines = [f"# {' / '.join(_escaped(name) for name in report['results'])}", ""]
-    for row in (HEADS, ["---"] * len(HEADS), *([_escaped(cell) for cell in row] for row in _rows(report))):
-        lines.append(f"| {' | '.join(row)} |")
-    lines += ["", *(f"{note}\n" for note in map(_escaped, [*_legend(report), *_said(report)]))]
-    lines += ["![The figures and the answers](comparison.png)", ""]
+def blocks(report: dict) -> list[Block]:
+    """The page's part: the figures, the notes, and the answers side by side."""
+    notes = "\n\n".join([*_legend(report), *_said(report)])
+    made: list[Block] = [
+        Table("On what was held out", HEADS, _rows(report)),
+        Words("", notes),
+        Plot(
+            "In bars",
+            draw(report | {"questions": [], "notes": []}),
+            "Bars of the answers' loss and of the pairs ranked right.",
+        ),
+    ]
     if report["questions"]:
-        lines += ["## Answers", ""]
-    for asked in report["questions"]:
-        lines += [f"### {_escaped(asked['question'])}{_star(asked)}", "", "| | answer |", "| --- | --- |"]
-        lines += [f"| {_escaped(name)} | {_escaped(answer)} |" for name, answer in _answers(asked)]
-        lines.append("")
-    return "\n".join(lines).rstrip() + "\n"
+        heads = ("question", "the data's answer", *report["results"])
+        rows = [
+            [asked["question"] + (" *" if not asked["held_out"] else ""), asked["answer"], *asked["answers"].values()]
+            for asked in report["questions"]
+        ]
+        made.append(Table("Greedy answers", heads, rows))
+    return made
 
 
 def draw(report: dict) -> Figure:
@@ -119,11 +125,6 @@ def _answers(asked: dict) -> list[tuple[str, str]]:
     """(who, what): the data's own answer, where it is known, and those of the models."""
     own = [] if asked["answer"] is None else [("the data's answer", asked["answer"])]
     return own + list(asked["answers"].items())
-
-
-def _escaped(text: str) -> str:
-    """A text on one line of Markdown that means nothing to it."""
-    return re.sub(r"([\\`*_{}\[\]<>|#~$])", r"\\\1", " ".join(printable(text).split()))
 
 
 def _short(name: str) -> str:

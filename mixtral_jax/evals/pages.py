@@ -16,19 +16,27 @@ from mixtral_jax.progress import printable
 STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; color: #1f2430; background: #fff;
-       max-width: 1120px; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.7rem; margin: 0 0 .2rem; } h2 { font-size: 1.35rem; margin: 2.4rem 0 .4rem; border-bottom: 2px solid #d9dde5; }
+  max-width: 1200px; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+h1 { font-size: 1.7rem; margin: 0 0 .2rem; }
+h2 { font-size: 1.35rem; margin: 2.4rem 0 .4rem; border-bottom: 2px solid #d9dde5; }
 h3 { font-size: 1.05rem; margin: 1.6rem 0 .4rem; }
-nav a { margin-right: 1rem; } a { color: #0b5cad; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #e3e6ec; text-align: left; vertical-align: top; white-space: nowrap; }
-td.wide { white-space: normal; min-width: 18rem; }
-th { border-bottom: 2px solid #9aa3b2; background: #f6f7f9; } td.number, th.number { text-align: right; }
-tbody tr:hover { background: #f4f8fd; } img { max-width: 100%; height: auto; }
-.note { color: #525b6b; font-size: .92rem; max-width: 60rem; } pre { background: #f6f7f9; padding: .7rem; overflow-x: auto; white-space: pre-wrap; }
-details { margin-top: .8rem; } summary { cursor: pointer; }
+nav a { margin-right: 1rem; }
+a { color: #0b5cad; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid #e3e6ec; text-align: left; vertical-align: top; }
+th { border-bottom: 2px solid #9aa3b2; background: #f6f7f9; vertical-align: bottom; }
+td.number, th.number { text-align: right; }
+td.number, td.short { white-space: nowrap; }
+td.wide { min-width: 11rem; overflow-wrap: anywhere; }
+tbody tr:hover { background: #f4f8fd; }
+img { max-width: 100%; height: auto; }
+.note { color: #525b6b; font-size: .92rem; max-width: 60rem; }
+pre { background: #f6f7f9; padding: .7rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
+summary { cursor: pointer; margin-top: .6rem; }
+@media print { nav { display: none; } section { break-inside: auto; } }
 """
-WIDE = 60  # characters from which a cell's text is wrapped
+SHORT, WIDE = 16, 60  # characters up to which a cell is never broken, and from which its column is wide
 
 
 def blocks(found: dict[str, dict[str, dict]]) -> dict[str, list[Block]]:
@@ -113,7 +121,7 @@ def _text_table(table: Table) -> str:
 
 def _plain(text: str) -> str:
     """Text inside Markdown, without a meaning of its own there."""
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", text.replace("\n", " "))
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(printable(text).split()))
 
 
 def _markdown(section: str, block: Block, pictures: dict[str, bytes]) -> list[str]:
@@ -141,49 +149,55 @@ def _png(plot: Plot) -> bytes:
     return stream.getvalue()
 
 
+def _escaped(text: str, quote: bool = True) -> str:
+    return html.escape(printable(text), quote)
+
+
 def _html(title: str, sections: dict[str, list[Block]], record: dict) -> str:
-    parts = [f"<h1>{html.escape(title)}</h1>", '<nav aria-label="sections">']
-    parts += [f'<a href="#{html.escape(name)}">{html.escape(name)}</a>' for name in (*sections, "made-by")]
+    parts = [f"<h1>{_escaped(title)}</h1>", '<nav aria-label="sections">']
+    parts += [f'<a href="#{_escaped(name)}">{_escaped(name)}</a>' for name in (*sections, "made-by")]
     parts.append("</nav>")
     for name, made in sections.items():
-        parts.append(f'<section id="{html.escape(name)}"><h2>{html.escape(name)}</h2>')
+        parts.append(f'<section id="{_escaped(name)}"><h2>{_escaped(name)}</h2>')
         parts += [_html_block(block) for block in made]
         parts.append("</section>")
     parts.append(_made_by_html(record))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body>\n"
+        f"<title>{_escaped(title)}</title><style>{STYLE}</style></head>\n<body>\n"
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
 
 
 def _html_block(block: Block) -> str:
-    head = f"<h3>{html.escape(block.title)}</h3>" if block.title else ""
+    head = f"<h3>{_escaped(block.title)}</h3>" if block.title else ""
     note = getattr(block, "note", "")
-    note = f'<p class="note">{html.escape(note)}</p>' if note else ""
+    note = f'<p class="note">{_escaped(note)}</p>' if note else ""
     if isinstance(block, Table):
         return head + _html_table(block) + note
     if isinstance(block, Plot):
         picture = base64.b64encode(_png(block)).decode()
-        alt = html.escape(f"{block.title}. {block.note}", quote=True)
+        alt = _escaped(f"{block.title}. {block.note}", quote=True)
         return f'{head}<img alt="{alt}" src="data:image/png;base64,{picture}">{note}'
     if isinstance(block, Html):
         return head + block.html + note
-    return head + "".join(f"<p>{html.escape(part)}</p>" for part in block.text.split("\n\n"))
+    return head + "".join(f"<p>{_escaped(part)}</p>" for part in block.text.split("\n\n"))
 
 
 def _html_table(table: Table) -> str:
     numeric = [any(_is_number(row[i]) for row in table.rows) for i in range(len(table.columns))]
 
+    widest = [max((len(cell(row[i])) for row in table.rows), default=0) for i in range(len(table.columns))]
+    kinds = [
+        "number" if right else "wide" if width >= WIDE else "short" if width <= SHORT else ""
+        for right, width in zip(numeric, widest)
+    ]
+
     def cells(tag: str, row) -> str:
-        made = []
-        for value, right in zip(row, numeric):
-            text = cell(value)
-            kind = "number" if right else "wide" if len(text) > WIDE else ""
-            made.append(f"<{tag}{f' class={kind}' if kind else ''}>{html.escape(text)}</{tag}>")
-        return f"<tr>{''.join(made)}</tr>"
+        marked = [(f' class="{kind}"' if kind else "", _escaped(cell(value))) for value, kind in zip(row, kinds)]
+        return f"<tr>{''.join(f'<{tag}{kind}>{text}</{tag}>' for kind, text in marked)}</tr>"
 
     body = "".join(cells("td", row) for row in table.rows)
     return f'<div class="scroll"><table><thead>{cells("th", table.columns)}</thead><tbody>{body}</tbody></table></div>'
@@ -193,10 +207,10 @@ def _made_by_html(record: dict) -> str:
     parts = ['<section id="made-by"><h2>What made these figures</h2><div>']
     for name, value in record.items():
         if isinstance(value, dict):
-            text = html.escape(json.dumps(value, indent=1, ensure_ascii=False))
-            parts.append(f"<details><summary>{html.escape(name)}</summary><pre>{text}</pre></details>")
+            text = _escaped(json.dumps(value, indent=1, ensure_ascii=False))
+            parts.append(f"<details><summary>{_escaped(name)}</summary><pre>{text}</pre></details>")
         else:
-            parts.append(f"<p><b>{html.escape(name)}</b>: {html.escape(str(value))}</p>")
+            parts.append(f"<p><b>{_escaped(name)}</b>: {_escaped(str(value))}</p>")
     return "".join([*parts, "</div></section>"])
 
 

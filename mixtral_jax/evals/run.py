@@ -1,11 +1,13 @@
 """Runs evaluations on a stored checkpoint and writes their results."""
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import platform
 import shutil
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,33 +58,43 @@ def evaluate(
     names = known(names)
     folder = output_folder(out)
     checkpoint = resolve_checkpoint(spec, step)
-    results, record = measure(checkpoint, names, folder, settings, mesh_sizes)
+    stored = stored_config(checkpoint)
+    names = fitting(stored.train.stage, names, str(checkpoint))
+    refuse_early(names, stored, settings)
+    subject, record = open_subject(checkpoint, settings, folder / UNFINISHED, mesh_sizes)
+
+    def keep(results: dict, unfinished: list[str]) -> None:
+        more = {"unfinished": unfinished} if unfinished else {}
+        write_json(folder / "results.json", {"results": results} | more | record)
+
+    results = measure(subject, names, keep)
     if distributed.speaks():
+        short = checkpoint.folder.name
         print(checkpoint)
-        print(pages.terminal({checkpoint.folder.name: results}))
-        pages.write(folder, str(checkpoint), {checkpoint.folder.name: results}, record)
+        print(pages.terminal({short: results}))
+        pages.write(folder, str(checkpoint), {short: results}, record)
+        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
         print(f"  written to {folder / 'results.json'}, report.md and report.html")
     return results
 
 
-def measure(
-    checkpoint: Checkpoint,
-    names: list[str] | None,
-    folder: Path,
-    settings: Settings,
-    mesh_sizes: dict[str, int] | None = None,
-) -> tuple[dict[str, dict[str, Any]], dict]:
-    """Runs evaluations on a checkpoint; writes FOLDER/results.json after each, and keeps what is half done in FOLDER/unfinished.
+def open_subject(
+    checkpoint: Checkpoint, settings: Settings, unfinished: Path | None, mesh_sizes: dict[str, int] | None = None
+) -> tuple[Subject, dict]:
+    """Loads a checkpoint.
 
     Returns:
-        evaluation -> metric -> value; what results.json holds besides.
+        what evaluations are given; what a report says of how its figures were made.
+
+    Raises:
+        UserError: no such checkpoint, a damaged one, of another shape than it says, or another model's tokenizer.
     """
-    stored = stored_config(checkpoint)
-    names = _fitting(checkpoint, stored.train.stage, names)
-    for name in names:
-        if EVALS[name].check is not None:
-            EVALS[name].check(stored, settings)
-    tokenizer = stored_tokenizer(checkpoint)
+    tokenizer, wanted = stored_tokenizer(checkpoint), stored_config(checkpoint).model.vocab_size
+    if tokenizer.vocab_size > wanted:
+        raise UserError(
+            f"{checkpoint}: its tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids and the model's vocab_size is {wanted}; put "
+            "the tokenizer there that the model was trained with"
+        )
     config, model, mesh = load(checkpoint, mesh_sizes)
     if checkpoint.step is not None:  # the run's own tokenizer, wherever data.tokenizer has gone since
         data = dataclasses.replace(config.data, tokenizer=str(checkpoint.local / "tokenizer"))
@@ -97,27 +109,46 @@ def measure(
         open_corpus=lambda: own_corpus(checkpoint, config, tokenizer),
         note=logger.info,
         meta=stored_meta(checkpoint),
-        folder=folder / UNFINISHED,
+        folder=unfinished,
     )
     record = {
-        "config": config.to_dict(),
         "checkpoint": str(checkpoint),
         "step": checkpoint.step,
-        "settings": dataclasses.asdict(settings),
         "seed": settings.seed,
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+        "settings": dataclasses.asdict(settings),
+        "config": config.to_dict(),
         "versions": versions(),
     }
+    return subject, record
+
+
+def measure(
+    subject: Subject, names: Sequence[str], keep: Callable[[dict, list[str]], None]
+) -> dict[str, dict[str, Any]]:
+    """Runs evaluations; keep(results, names that are left) is called after each, on all processes.
+
+    Returns:
+        evaluation -> metric -> value.
+    """
     results: dict[str, dict[str, Any]] = {}
-    with jax.set_mesh(mesh):
-        for number, name in enumerate(names):
-            if len(names) > 1:
-                logger.info("%d of %d: %s", number + 1, len(names), name)
+    with jax.set_mesh(subject.mesh):
+        for number, name in enumerate(names, 1):
+            subject.note(f"{number} of {len(names)}: {name}")
             results[name] = dict(EVALS[name].run(subject))
-            write_results(folder, results, record, unfinished=names[number + 1 :])
-    if distributed.speaks():
-        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
-    return results, record
+            keep(results, list(names[number:]))
+    return results
+
+
+def refuse_early(names: Sequence[str], config: Config, settings: Settings) -> None:
+    """Lets evaluations refuse settings that cannot work, before weights are read.
+
+    Raises:
+        UserError: one does.
+    """
+    for name in names:
+        if EVALS[name].check is not None:
+            EVALS[name].check(config, settings)
 
 
 def known(names: list[str] | None) -> list[str] | None:
@@ -135,39 +166,45 @@ def known(names: list[str] | None) -> list[str] | None:
     return names
 
 
-def write_results(folder: Path, results: dict, record: dict, unfinished: list[str]) -> None:
-    """Writes results.json, on process 0, whole or not at all.
+def write_json(path: Path, report: dict) -> None:
+    """Writes a report on process 0, whole or not at all.
 
     Raises:
         UserError: it cannot be written.
     """
     if not distributed.speaks():
         return
-    report = {"results": results} | ({"unfinished": unfinished} if unfinished else {}) | record
-    path = folder / "results.json"
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
         temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
         temporary.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise UserError(
-            f"{path} cannot be written: {error}; finished pieces are kept in {folder / UNFINISHED}: make room or correct --out, and "
-            "run the same command again to go on"
+            f"{path} cannot be written: {error}; finished pieces are kept in {path.parent / UNFINISHED}: make room or correct "
+            "--out, and run the same command again to go on"
         ) from error
 
 
-def _fitting(checkpoint: Checkpoint, stage: str, names: list[str] | None) -> list[str]:
-    """The evaluations that were asked for, or all that mean something for the stage."""
-    fitting = [name for name, each in EVALS.items() if stage in each.stages]
-    if names is not None and ALL in names:
-        return fitting
-    for name in names or ():
-        if name not in fitting:
+def fitting(stage: str, names: Sequence[str] | None, whose: str) -> list[str]:
+    """The evaluations that were asked for; without names the short ones that mean something for a stage of training.
+
+    Raises:
+        UserError: one means nothing for that stage.
+    """
+    there = [name for name, each in EVALS.items() if stage in each.stages]
+    if names is None:
+        return [name for name in there if EVALS[name].default]
+    if ALL in names:
+        return there
+    for name in names:
+        if name not in there:
             raise UserError(
-                f"--evals={name} is for runs of train.stage={' or '.join(EVALS[name].stages)}, and {checkpoint} is of "
-                f"{stage}; for it there are {', '.join(fitting)}"
+                f"--evals={name} is for runs of train.stage={' or '.join(EVALS[name].stages)}, and {whose} is of "
+                f"{stage}; for it there are {', '.join(there)}"
             )
-    return [name for name in fitting if EVALS[name].default] if names is None else names
+    return list(dict.fromkeys(names))
 
 
 def output_folder(out: str) -> Path:

@@ -33,6 +33,7 @@ class Subject:
     note: Callable[[str], None]  # shows a line to the user
     meta: dict = dataclasses.field(default_factory=dict)  # what the checkpoint notes, see load.stored_meta
     folder: Path | None = None  # where finished pieces are kept; None: nowhere
+    spare_memory: bool = False  # generate from the training layout, slower and without a second copy of the weights
 
     @functools.cached_property
     def corpus(self) -> Corpus:
@@ -57,9 +58,9 @@ class Subject:
         return Scorer(self.config, self.settings.batch_tokens)
 
     @functools.cached_property
-    def decoder(self) -> Prepared:
-        """The weights laid out for generation, a second copy of them; made when first asked for."""
-        return prepare(self.model)
+    def decoder(self) -> Prepared | Mixtral:
+        """The weights laid out for generation: a second copy of them, made when first asked for, unless memory is spared."""
+        return self.model if self.spare_memory else prepare(self.model)
 
     @property
     def longest(self) -> int:

@@ -1,6 +1,7 @@
 """Tuned runs evaluated one by one and side by side, on what they held out; against counts by hand and what training said."""
 
 import dataclasses
+import html
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from mixtral_jax.checkpoint import Checkpoints
 from mixtral_jax.config import UserError
 from mixtral_jax.data import TokenFile, encode_chat, encode_conversation, open_chat_corpus
 from mixtral_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
+from mixtral_jax.evals import compare as compare_module
 from mixtral_jax.evals import compare_report, run
 from mixtral_jax.evals.compare import Entrant, Heldout, _notes, compare
 from mixtral_jax.evals.preference import answer_tokens, likelihood_ranking, reward_ranking
@@ -163,12 +165,15 @@ def test_all_that_made_them_is_written(report, folder, capsys):
     assert {"jax", "python"} <= written["versions"].keys()
     assert written["data"]["pairs"] == report["results"]["dpo"]["pairs"]["pairs"] == written["data"]["conversations"]
     assert any("base was pretrained on contains these answers is not known" in note for note in written["notes"])
-    page, table = (out / "comparison.md").read_text(), compare_report.table(report)
+    page, table = (out / "report.md").read_text(), compare_report.table(report)
     for name, found in report["results"].items():
         for text in (page, table):
             assert f"{found['answers']['loss']:.4f}" in text, name
             assert f"{found['pairs']['summed']:.1%}" in text
-    assert all(compare_report._escaped(asked["question"]) in page for asked in report["questions"])
+    whole = (out / "report.html").read_text()
+    assert all(html.escape(asked["question"]) in whole for asked in report["questions"])
+    assert "http" not in whole.replace("http://www.w3.org", ""), "nothing from elsewhere"
+    assert not (out / "unfinished").exists()
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -215,8 +220,10 @@ def test_other_checkpoints_than_fit_together_are_refused(folder, tmp_path):
         (copy / "config.json").write_text(json.dumps(values))
         return str(copy)
 
-    with pytest.raises(UserError, match=r"0 of 2 checkpoints are of SFT or DPO"):
-        compare([base, changed("twin", lambda values, copy: None)], out)
+    with pytest.raises(UserError, match=r"--evals=preference means nothing .*base is of pretrain, twin is of pretrain"):
+        compare([base, changed("twin", lambda values, copy: None)], out, names=["preference"])
+    with pytest.raises(UserError, match=r"unknown evaluation mmlu"):
+        compare([base, dpo], out, names=["mmlu"])
 
     def short(values, copy):
         values["model"]["max_seq_len"] = values["train"]["seq_len"] = 32
@@ -413,3 +420,47 @@ def test_adapters_are_evaluated_merged(folder, report):
     for name in ("loss", "margin", "accuracy"):
         assert found["results"]["lora"]["preference"][name] == pytest.approx(said[name], rel=1e-4, abs=1e-6), name
     assert found["results"]["sft"]["pairs"] == report["results"]["sft"]["pairs"]
+
+
+def test_evaluations_stand_side_by_side(folder, tmp_path):
+    """Of base models alone too; one that means nothing for a checkpoint's stage is left out for it."""
+    specs = [str(folder / name) for name in ("base", "dpo")]
+    found = compare(specs, str(tmp_path / "out"), questions=0, names=["baselines", "preference"])
+    assert {name: list(each) for name, each in found["evals"].items()} == {"base": ["baselines"], "dpo": ["preference"]}
+    assert found["evals"]["dpo"]["preference"]["margin"] == pytest.approx(final(folder / "dpo")["margin"], rel=1e-4)
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert f"{found['evals']['base']['baselines']['bigram_bits_per_byte']:.5g}" in page
+    assert "## preference" in page
+    bases = [str(shutil.copytree(folder / "base", tmp_path / name)) for name in ("a", "b")]
+    found = compare(bases, str(tmp_path / "two"), names=["baselines"])
+    assert found["results"] == {"a": {}, "b": {}}
+    assert found["evals"]["a"] == found["evals"]["b"]
+    assert found["questions"] == []
+    assert not (tmp_path / "two" / "comparison.png").exists()
+
+
+def test_an_interrupted_comparison_goes_on_where_it_was(folder, tmp_path, monkeypatch, report):
+    specs, out = [str(folder / name) for name in ("base", "sft", "dpo")], tmp_path / "out"
+    score, calls, measured = compare_module.score_pairs, [], []
+    scores = compare_module.Perplexity.__call__
+
+    def fails_third(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return score(*arguments)
+
+    def counted(self, model):
+        measured.append(1)
+        return scores(self, model)
+
+    monkeypatch.setattr(compare_module, "score_pairs", fails_third)
+    monkeypatch.setattr(compare_module.Perplexity, "__call__", counted)
+    with pytest.raises(KeyboardInterrupt):
+        compare(specs, str(out), questions=3)
+    assert not (out / "comparison.json").exists()
+    found = compare(specs, str(out), questions=3)
+    assert len(calls) == 4, "the first two models' pairs were not scored again"
+    assert len(measured) == 3, "nor any model's answers"
+    assert found["results"] == report["results"]
+    assert found["questions"] == report["questions"]
