@@ -18,8 +18,8 @@ from mixtral_jax import distributed
 from mixtral_jax.config import Config, UserError
 from mixtral_jax.data.tokenizer import Tokenizer
 from mixtral_jax.distributed import rows_here
-from mixtral_jax.evals import routing_counts as counting
 from mixtral_jax.evals.domains import domains
+from mixtral_jax.evals.routing_counts import Counts, TokenCounts, add, count, errors, share_baselines, uniform_baselines
 from mixtral_jax.evals.settings import Settings
 from mixtral_jax.evals.subject import Subject
 from mixtral_jax.evals.work import bar
@@ -107,7 +107,7 @@ def routing(subject: Subject) -> Iterator[tuple[str, Any]]:
     hashed = _fingerprint(texts)
     distributed.same({"the text for routing": hashed}, "give all the same files")
     # Whose tokens are typical: over all domains.
-    typical = {layer: counting.TokenCounts(c.num_experts) for layer in layers}
+    typical = {layer: TokenCounts(c.num_experts) for layer in layers}
     found, snippets = {}, {}
     runner = Runner(subject, layers)
     with (
@@ -117,7 +117,7 @@ def routing(subject: Subject) -> Iterator[tuple[str, Any]]:
         for name, text in texts.items():
             counts, first = None, [None] * len(text.windows)
             for picked, batch, chosen in runner(name, text, work):
-                counts = counting.add(counts, batch)
+                counts = add(counts, batch)
                 for i, each in zip(picked, chosen):
                     first[i] = each
                 progress.update(sum(len(text.windows[i].tokens) for i in picked))
@@ -126,7 +126,7 @@ def routing(subject: Subject) -> Iterator[tuple[str, Any]]:
             found[name] = _described(counts, text)
             snippets[name] = _snippet(text, first, layers, subject.tokenizer)
             yield from _headlines(name, found[name], layers)
-    uniform = counting.uniform_baselines(c.num_experts, c.experts_per_token)
+    uniform = uniform_baselines(c.num_experts, c.experts_per_token)
     yield from zip(("random_first_repetition", "random_any_repetition"), uniform)
     yield "experts", c.num_experts
     yield "experts_per_token", c.experts_per_token
@@ -201,7 +201,7 @@ class Runner:
         batch, counted_BT = _batch(windows, rows, width)
         here = {name: value[start:stop] for name, value in batch.items()}
         index_LBTK = jax.device_get(self._index(self._subject.model, place(here, mesh, start, rows)))
-        counts = counting.count(index_LBTK, counted_BT, self._e)
+        counts = count(index_LBTK, counted_BT, self._e)
         first = index_LBTK[self._layers][:, counted_BT, 0]
         packed = base64.b64encode(zlib.compress(first.tobytes(), 6)).decode()
         return {"counts": {name: value.tolist() for name, value in counts.items()}, "first": packed}
@@ -223,14 +223,13 @@ def _batch(windows: Sequence[Window], rows: int, width: int) -> tuple[dict[str, 
     return {"tokens_BT": tokens_BT, "positions_BT": positions_BT, "segment_ids_BT": segment_ids_BT}, counted_BT
 
 
-def _add_tokens(counts: counting.TokenCounts, text: Text, first: list[np.ndarray]) -> None:
+def _add_tokens(counts: TokenCounts, text: Text, first: list[np.ndarray]) -> None:
     counts.add(np.concatenate([w.tokens[w.uncounted :] for w in text.windows]), np.concatenate(first))
 
 
-def _described(counts: counting.Counts, text: Text) -> dict[str, Any]:
+def _described(counts: Counts, text: Text) -> dict[str, Any]:
     """A domain's results: counts, and the baselines and errors that follow from them."""
-    first_L, any_L = counting.share_baselines(counts)
-    errors = counting.errors(counts)
+    first_L, any_L = share_baselines(counts)
     kept = ("choice_LKE", "together_LEE", "first_repeats_L", "any_repeats_L")
     return {
         "documents": text.documents,
@@ -238,7 +237,7 @@ def _described(counts: counting.Counts, text: Text) -> dict[str, Any]:
         **{name: counts[name].tolist() for name in kept},
         "first_baseline_L": first_L.tolist(),
         "any_baseline_L": None if any_L is None else any_L.tolist(),
-        **{f"{name.replace('_', '_error_')}": value.tolist() for name, value in errors.items()},
+        **{f"{name.replace('_', '_error_')}": value.tolist() for name, value in errors(counts).items()},
     }
 
 
@@ -264,7 +263,7 @@ def _snippet(text: Text, first: list[np.ndarray], layers: Sequence[int], tokeniz
     }
 
 
-def _spelled(counts: counting.TokenCounts, tokenizer: Tokenizer) -> list[list[dict]]:
+def _spelled(counts: TokenCounts, tokenizer: Tokenizer) -> list[list[dict]]:
     """The typical tokens of each expert, with their text as it reads within a line."""
     before = tokenizer.encode("a")
     found = counts.typical(TYPICAL_TOKENS, TYPICAL_MINIMUM)

@@ -1,12 +1,14 @@
 """What a report shows of routing: tables in the Mixtral paper's own form, and figures like its figures 7 to 10."""
 
+import html
 from collections.abc import Mapping
 
 import numpy as np
 
-from mixtral_jax.evals import coloured, routing_plots
 from mixtral_jax.evals.blocks import Block, Html, Plot, Table
+from mixtral_jax.evals.coloured import figure, legend, spans
 from mixtral_jax.evals.routing_counts import expected_together
+from mixtral_jax.evals.routing_plots import MOST_SNIPPETS, repetition, shares, shares_by_choice, together
 
 Found = Mapping[str, Mapping]  # {model: results}
 # Mixtral 8x7B on The Pile, arXiv 2401.04088, table 5, percent: first choice in layers 0, 15, 31; first or second choice.
@@ -32,12 +34,12 @@ def report(found: Found) -> list[Block]:
     for name, each in found.items():
         of = f" of {name}" if len(found) > 1 else ""
         blocks += [
-            Plot(f"Share of assignments by expert{of}", routing_plots.shares(each), _shares_note(each)),
-            Plot(f"Share of assignments by choice{of}", routing_plots.shares_by_choice(each), _shares_note(each)),
-            Plot(f"Repetition by layer{of}", routing_plots.repetition(each), REPETITION_NOTE),
+            Plot(f"Share of assignments by expert{of}", shares(each), _shares_note(each)),
+            Plot(f"Share of assignments by choice{of}", shares_by_choice(each), _shares_note(each)),
+            Plot(f"Repetition by layer{of}", repetition(each), REPETITION_NOTE),
         ]
         if each["experts_per_token"] > 1:
-            blocks.append(Plot(f"Experts chosen together{of}", routing_plots.together(each), TOGETHER_NOTE))
+            blocks.append(Plot(f"Experts chosen together{of}", together(each), TOGETHER_NOTE))
         blocks += [typical_table(each, of), *_texts(each, of)]
     if any(each["experts_per_token"] > 1 for each in found.values()):
         blocks.append(together_table(found))
@@ -222,14 +224,14 @@ def _extremes(together_EE: np.ndarray):
 def _texts(each: Mapping, of: str) -> list[Block]:
     """The snippets, as a page and as a picture."""
     snippets, experts = each["snippets"], each["experts"]
-    parts = [coloured.legend(experts)]
+    parts = [legend(experts)]
     for domain, snippet in snippets.items():
         for layer, chosen in snippet["first"].items():
-            parts.append(f"<p><b>{coloured.html.escape(domain)}, layer {layer}</b></p>")
-            parts.append(coloured.spans(snippet["pieces"], chosen))
+            parts.append(f"<p><b>{html.escape(domain)}, layer {layer}</b></p>")
+            parts.append(spans(snippet["pieces"], chosen))
     note = "The start of a document of each domain; a token's colour is its first expert, which a tooltip names."
     rows = [(domain, snippet["pieces"], snippet["first"]) for domain, snippet in snippets.items()]
-    picture = coloured.figure(rows[: routing_plots.MOST_SNIPPETS], experts)
+    picture = figure(rows[:MOST_SNIPPETS], experts)
     return [
         Html(f"Text coloured by first expert{of}", "".join(parts), "The picture below shows it.", note),
         Plot(f"Text coloured by first expert, as a picture{of}", picture, note),
