@@ -109,6 +109,6 @@ def baselines(config: Config, corpus: Corpus) -> dict[str, float]:
 EVALS = {
     "perplexity": Eval(perplexity, ("pretrain", "sft", "dpo"), scalars("Perplexity")),
     "baselines": Eval(ngrams, ("pretrain",), scalars("Counts of words and pairs of words on the same text")),
-    "routing": Eval(routing.routing, ("pretrain", "sft", "dpo"), routing_report.report, routing.check),
     "preference": Eval(preference, ("dpo",), scalars("Reward accuracy and margins")),
+    "routing": Eval(routing.routing, ("pretrain", "sft", "dpo"), routing_report.report, routing.check),
 }
