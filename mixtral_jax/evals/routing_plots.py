@@ -7,11 +7,12 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from mixtral_jax.evals.coloured import COLOURS
 from mixtral_jax.evals.routing_counts import expected_together
 from mixtral_jax.panels import HEATMAP, INK, LEGEND, MUTED, new_axes
 
 MOST_SNIPPETS = 4  # in the picture of coloured text
+# Of domains: Okabe and Ito's palette without its yellow, which is lost on white as a line.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#333333", "#999999")
 MARKERS = "osD^vPX*"
 
 

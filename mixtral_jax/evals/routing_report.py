@@ -35,7 +35,11 @@ def report(found: Found) -> list[Block]:
         of = f" of {name}" if len(found) > 1 else ""
         blocks += [
             Plot(f"Share of assignments by expert{of}", shares(each), _shares_note(each)),
-            Plot(f"Share of assignments by choice{of}", shares_by_choice(each), _shares_note(each)),
+            Plot(
+                f"Share of assignments by choice{of}",
+                shares_by_choice(each),
+                f"Dashed: the even share, 1/{each['experts']}.",
+            ),
             Plot(f"Repetition by layer{of}", repetition(each), REPETITION_NOTE),
         ]
         if each["experts_per_token"] > 1:
@@ -131,7 +135,7 @@ def _repetition_words(found: Found) -> str:
         ]
         worst = max(max(counts[f"{kind}_error_L"]) for counts in domains for kind in kinds)
         parts.append(
-            f"{f'{model}: ' if len(found) > 1 else ''}random: {chance}; independent neighbours with the shares that experts have here: "
+            f"{f'{model}: ' if len(found) > 1 else ''}uniform at random: {chance}; independent neighbours with the shares that experts have here: "
             f"{', '.join(shares)}. Sampling error: at most ± {196 * worst:.2g} percentage points (95%, over windows)."
         )
     low, high = np.min(list(PAPER.values()), 0), np.max(list(PAPER.values()), 0)

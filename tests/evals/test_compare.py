@@ -82,7 +82,7 @@ def test_a_dpo_run_is_evaluated_against_its_own_reference(folder, report, caplog
     finally:
         aside.rename(folder / "sft")
     assert "(heldout) from " in caplog.text
-    meant = run._fitting(run.resolve_checkpoint(str(folder / "dpo")), "dpo", None)
+    meant = run.fitting("dpo", None, "a run")
     assert {"perplexity", "preference"} <= set(meant), "what means something for the stage"
     assert "baselines" not in meant
     assert found["perplexity"] == pytest.approx(report["results"]["dpo"]["answers"], rel=1e-5)
@@ -109,7 +109,7 @@ def test_a_reference_that_is_not_in_the_cache_is_computed_of_held_out_pairs_alon
 def test_an_sft_run_is_evaluated_on_its_answers(folder):
     """Those that its prompts hold out; of it files have no pairs, and nothing is ranked."""
     found = run.evaluate(str(folder / "sft"), None, ["perplexity"], str(folder / "eval"))
-    meant = run._fitting(run.resolve_checkpoint(str(folder / "sft")), "sft", None)
+    meant = run.fitting("sft", None, "a run")
     assert "perplexity" in meant
     assert not {"baselines", "preference"} & set(meant)
     config = run.stored_config(run.resolve_checkpoint(str(folder / "sft")))

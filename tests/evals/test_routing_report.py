@@ -71,7 +71,7 @@ def test_repetition_stands_in_the_papers_form_beside_its_figures():
     assert github[3] == pytest.approx(100 * 55 / 196, abs=0.01)
     assert github[2::2] == [14.9, 28.1, 19.7, 49.9, 66.9, 49.2]
     assert mine[2::2] == [None] * 6
-    assert "random: 12.5% (first choice), 46.4% (first or second choice)" in table.note
+    assert "uniform at random: 12.5% (first choice), 46.4% (first or second choice)" in table.note
     assert "13.6 to 14.9 / 23.6 to 28.4 / 19.7 to 26.3 / 44.9 to 49.9 / 61.6 to 67 / 44.5 to 53.6" in table.note
     small = tables({"small": results(domains=("Github",))})["Percentage of expert assignment repetitions"]
     assert "paper" not in small.columns
