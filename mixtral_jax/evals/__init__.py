@@ -12,8 +12,17 @@ import numpy as np
 
 from mixtral_jax.config import Config
 from mixtral_jax.data import Corpus, first_documents, load_tokenizer
-from mixtral_jax.evals import context, harness, ngram, text_perplexity
-from mixtral_jax.evals import mt_bench, ngram, passkey, passkey_report
+from mixtral_jax.evals import (
+    context,
+    harness,
+    mt_bench,
+    ngram,
+    passkey,
+    passkey_report,
+    routing,
+    routing_report,
+    text_perplexity,
+)
 from mixtral_jax.evals.blocks import Block, Table
 from mixtral_jax.evals.perplexity import Perplexity
 from mixtral_jax.evals.preference import Preference, heldout_reference
@@ -99,14 +108,15 @@ def baselines(config: Config, corpus: Corpus) -> dict[str, float]:
     }
 
 
+STAGES = ("pretrain", "sft", "dpo")
+
 EVALS = {
-    "perplexity": Eval(
-        text_perplexity.perplexity, ("pretrain", "sft", "dpo"), text_perplexity.report, text_perplexity.check
-    ),
+    "perplexity": Eval(text_perplexity.perplexity, STAGES, text_perplexity.report, text_perplexity.check),
     "baselines": Eval(ngrams, ("pretrain",), scalars("Counts of words and pairs of words on the same text")),
-    "passkey": Eval(passkey.passkey, ("pretrain", "sft", "dpo"), passkey_report.report, passkey.check, default=False),
-    "mt_bench": Eval(mt_bench.mt_bench, ("pretrain", "sft", "dpo"), mt_bench.report, mt_bench.check, default=False),
     "preference": Eval(preference, ("dpo",), scalars("Reward accuracy and margins")),
-    "context": Eval(context.context, ("pretrain", "sft", "dpo"), context.report, context.check, default=False),
-    "lm_eval": Eval(harness.run, ("pretrain", "sft", "dpo"), harness.report, harness.check, default=False),
+    "routing": Eval(routing.routing, STAGES, routing_report.report, routing.check),
+    "context": Eval(context.context, STAGES, context.report, context.check, default=False),
+    "passkey": Eval(passkey.passkey, STAGES, passkey_report.report, passkey.check, default=False),
+    "lm_eval": Eval(harness.run, STAGES, harness.report, harness.check, default=False),
+    "mt_bench": Eval(mt_bench.mt_bench, STAGES, mt_bench.report, mt_bench.check, default=False),
 }

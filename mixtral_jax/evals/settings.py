@@ -40,7 +40,7 @@ class Settings:
     passkey_depths: tuple[float, ...] = _told((0.0, 0.25, 0.5, 0.75, 1.0), "passkey: where the key stands, 0 first.")
     passkey_trials: int = _told(10, "passkey: trials of each length and depth.")
 
-    routing_tokens: int = _told(200_000, "routing: tokens of each domain, at most.")
+    routing_tokens: int = _told(50_000, "routing: tokens of each domain, at most.")
     routing_layers: tuple[int, ...] = _told((), "routing: layers in the tables. Default: the first, middle and last.")
 
     tasks: tuple[str, ...] = _told(

@@ -88,7 +88,7 @@ class Block(nnx.Module):
         return constrain(out_BTD, "BTD"), keys_values
 
     def experts(self, x_BTD, valid_BT, separate=None):
-        """Mixture of experts; returns [B, T, D] in x's dtype and RouterStats.
+        """Mixture of experts; returns [B, T, D] in x's dtype, RouterStats and Choices.
 
         `separate` replaces the stacked weights of the block: see moe.separate_experts.
         """
@@ -110,7 +110,8 @@ class Block(nnx.Module):
             out_BTD, computed = moe.separate_experts(x_BTD, gates_BTK, index_BTK, separate, self.config)
         # In int32: a pod's batch has more than the 2^24 assignments up to which float32 counts, and some would seem dropped.
         sent = (index_BTK < self.config.num_experts).sum(dtype=jnp.int32)
-        return constrain(out_BTD, "BTD"), stats._replace(dropped=(sent - computed).astype(jnp.float32))
+        out_BTD, stats = constrain(out_BTD, "BTD"), stats._replace(dropped=(sent - computed).astype(jnp.float32))
+        return out_BTD, stats, moe.Choices(index_BTK, gates_BTK, logits_BTE)
 
     def __call__(self, x_BTD, rope, segment_ids_BT, positions_BT, slots=None, separate=None):
         """Runs the layer; training leaves out the last two arguments, which are for generation (models/decode.py).
@@ -125,6 +126,10 @@ class Block(nnx.Module):
         Returns:
             the output [B, T, D], its RouterStats, and the keys and values [B, S, G, H] that were attended to.
         """
+        return self.observed(x_BTD, rope, segment_ids_BT, positions_BT, slots, separate)[:3]
+
+    def observed(self, x_BTD, rope, segment_ids_BT, positions_BT, slots=None, separate=None):
+        """What __call__ returns, and the router's Choices."""
         eps = self.config.norm_eps
         with jax.named_scope("attention"):
             normed_BTD = rms_norm(x_BTD, self.attention_norm_D[...], eps)
@@ -132,9 +137,9 @@ class Block(nnx.Module):
             x_BTD = x_BTD + checkpoint_name(out_BTD, "attention_out")
         with jax.named_scope("experts"):
             normed_BTD = rms_norm(x_BTD, self.experts_norm_D[...], eps)
-            out_BTD, stats = self.experts(normed_BTD, segment_ids_BT > 0, separate)
+            out_BTD, stats, choices = self.experts(normed_BTD, segment_ids_BT > 0, separate)
             x_BTD = x_BTD + checkpoint_name(out_BTD, "experts_out")
-        return x_BTD, stats, keys_values
+        return x_BTD, stats, keys_values, choices
 
 
 class Mixtral(nnx.Module):

@@ -45,6 +45,14 @@ class RouterStats(NamedTuple):
     tokens: jax.Array  # number of valid tokens
 
 
+class Choices(NamedTuple):
+    """What a router decided, of each token; stacked over layers they get a leading L."""
+
+    index_BTK: jax.Array  # int32 experts, the first choice first; E where the token is padding
+    gates_BTK: jax.Array  # float32; 0 where the token is padding
+    logits_BTE: jax.Array  # float32, adapters included and the balancing bias not
+
+
 def top_k(score_BTE, k: int):
     """Indices of the k highest scores of each token, [B, T, K] int32, on any mesh.
 

@@ -78,11 +78,13 @@ def test_a_dpo_run_is_evaluated_against_its_own_reference(folder, report, caplog
     (folder / "sft").rename(aside)
     try:
         with caplog.at_level("INFO", "mixtral_jax"):
-            found = run.evaluate(str(folder / "dpo"), None, None, str(folder / "eval"))
+            found = run.evaluate(str(folder / "dpo"), None, ["perplexity", "preference"], str(folder / "eval"))
     finally:
         aside.rename(folder / "sft")
     assert "(heldout) from " in caplog.text
-    assert list(found) == ["perplexity", "preference"], "what means something for the stage"
+    meant = run.fitting("dpo", None, "a run")
+    assert {"perplexity", "preference"} <= set(meant), "what means something for the stage"
+    assert "baselines" not in meant
     assert found["perplexity"] == pytest.approx(report["results"]["dpo"]["answers"], rel=1e-5)
     said = final(folder / "dpo")
     assert said["margin"] != 0
@@ -106,8 +108,10 @@ def test_a_reference_that_is_not_in_the_cache_is_computed_of_held_out_pairs_alon
 
 def test_an_sft_run_is_evaluated_on_its_answers(folder):
     """Those that its prompts hold out; of it files have no pairs, and nothing is ranked."""
-    found = run.evaluate(str(folder / "sft"), None, None, str(folder / "eval"))
-    assert list(found) == ["perplexity"]
+    found = run.evaluate(str(folder / "sft"), None, ["perplexity"], str(folder / "eval"))
+    meant = run.fitting("sft", None, "a run")
+    assert "perplexity" in meant
+    assert not {"baselines", "preference"} & set(meant)
     config = run.stored_config(run.resolve_checkpoint(str(folder / "sft")))
     heldout = STAGES["sft"].corpus(config, ByteTokenizer()).heldout
     assert found["perplexity"]["tokens"] == heldout.weights.sum() < len(heldout.tokens) / 2

@@ -65,6 +65,6 @@ def test_assignments_that_no_expert_computed_are_counted_as_dropped(monkeypatch,
         return out, computed - lost
 
     monkeypatch.setattr(moe, "experts", lossy)
-    _, stats = layer.experts(x, valid)
+    _, stats, _ = layer.experts(x, valid)
     assert stats.dropped == lost
     assert stats.count_E.sum() == valid.sum() * layer.config.experts_per_token
