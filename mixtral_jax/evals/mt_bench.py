@@ -162,8 +162,8 @@ def model_id_of(name: str) -> str:
     return re.sub(r"[^\w.]+", "-", "-".join([*parts, step] if comma else parts), flags=re.ASCII).strip("-.") or "model"
 
 
-def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Writes JSON lines, whole or not at all.
+def write_lines(path: Path, lines: Sequence[dict[str, Any]], kept: Path) -> None:
+    """Writes JSON lines, whole or not at all; `kept` is where the answers are in any case.
 
     Raises:
         UserError: they cannot be written.
@@ -175,8 +175,8 @@ def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
         temporary.replace(path)
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written: {error.strerror or error}; the answers are kept in {path.parent.parent.parent / 'unfinished'}: make "
-            "room or correct --out, and run the same command again to go on"
+            f"{path} cannot be written: {error.strerror or error}; the answers are kept in {kept}: make room or correct --out, and run "
+            "the same command again to go on"
         ) from error
 
 
@@ -193,8 +193,8 @@ def mt_bench(subject: Subject) -> Iterator[tuple[str, Any]]:
     if subject.folder is not None:
         path = subject.folder.parent / "mt_bench" / "model_answer" / f"{model_id}.jsonl"
         if distributed.speaks():
-            write_lines(path, lines)
-            write_lines(path.parent.parent / "question.jsonl", questions)
+            write_lines(path, lines, subject.folder)
+            write_lines(path.parent.parent / "question.jsonl", questions, subject.folder)
     if found["cut_share"]:
         subject.note(
             f"mt_bench: {found['cut_share']:.0%} of the answers were cut at their room: --mt_bench_tokens={most}, or what the "

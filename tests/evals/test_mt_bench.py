@@ -205,6 +205,12 @@ def test_what_cannot_be_read_is_refused(tmp_path):
         mt_bench.check(tiny(), Settings(mt_bench_tokens=0))
 
 
+def test_a_folder_that_cannot_be_written_is_explained(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="kept in unfinished: make room or correct --out"):
+        mt_bench.write_lines(tmp_path / "file" / "x.jsonl", [], "unfinished")
+
+
 @pytest.mark.parametrize(
     ("name", "model_id"),
     [
