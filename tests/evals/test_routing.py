@@ -133,12 +133,12 @@ def recounted(texts, index_of, layers, k, e=E, width=WIDTH):
     return found
 
 
-def from_logits(model, k):
+def from_logits(model, k, width=WIDTH):
     """Each window alone: experts in the order of the logits, by sorting."""
     run = jax.jit(lambda *row: choices(model, *row).logits_BTE)
 
     def index_of(window):
-        row = np.zeros((3, 1, WIDTH), np.int32)
+        row = np.zeros((3, 1, width), np.int32)
         row[:, 0, : len(window)] = window, np.arange(len(window)), np.ones(len(window))
         logits = np.asarray(run(*row))[:, 0, : len(window)]
         return np.argsort(-logits, -1, kind="stable")[..., :k].tolist()
@@ -152,10 +152,17 @@ def only_counts(found):
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_statistics_equal_a_recount_from_logits(monkeypatch, k):
-    texts = {"one": random_text(), "two": random_text(1, range(5))} if k == 2 else {"one": random_text()}
-    found, config, model = measured(monkeypatch, texts, model__experts_per_token=k)
+    # Once with windows of such different lengths that batches are of different widths.
+    width = 160 if k == 2 else WIDTH
+    texts = (
+        {"one": random_text(lengths=(1, 170, 0, 30, 100)), "two": random_text(1, range(5))}
+        if k == 2
+        else {"one": random_text()}
+    )
+    wide = dict(model__max_seq_len=160, train__seq_len=160, train__batch_size=1) if k == 2 else {}
+    found, config, model = measured(monkeypatch, texts, model__experts_per_token=k, **wide)
     for name, text in texts.items():
-        want = recounted(text, from_logits(model, k), config.model.num_layers, k)
+        want = recounted(text, from_logits(model, k, width), config.model.num_layers, k, width=width)
         got = found["domains"][name]
         assert {key: got[key] for key in COUNTS} == want, name
         for layer in found["shown_layers"]:
