@@ -61,7 +61,7 @@ class Perplexity:
         count = self._batches.n_eval_batches
         picked = range(count) if limit is None or limit >= count else np.linspace(0, count - 1, limit).astype(int)
         mesh = jax.sharding.get_mesh()
-        work = work or Work(None, "", "")
+        work = Work(None, "", "") if work is None else work
         pending: tuple | None = None
         rows = self._batches.batch_size
         start, stop = rows_here(mesh, rows)

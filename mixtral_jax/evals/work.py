@@ -70,6 +70,9 @@ class Work:
     def __len__(self) -> int:
         return len(self._done)
 
+    def __bool__(self) -> bool:
+        return True  # an empty one is one too: `work or other` must not lose it
+
     def get(self, name: str, default=None) -> Any:
         """A finished piece's value."""
         return self._done.get(name, default)

@@ -6,6 +6,7 @@ import pytest
 
 from mixtral_jax.data import TokenFile, pack
 from mixtral_jax.evals.perplexity import Perplexity
+from mixtral_jax.evals.work import Work
 from mixtral_jax.models import mixtral
 from mixtral_jax.sharding import named_leaves
 from tests.helpers import on_mesh, shard, tiny
@@ -96,3 +97,23 @@ def test_the_mesh_and_the_batch_change_nothing():
     for changes, axes in (({}, dict(fsdp=8)), (half, dict(tensor=2))):
         got = score(*on_mesh(tiny(**changes), **axes), model)
         assert got == {name: pytest.approx(value, rel=1e-5) for name, value in want.items()}
+
+
+def test_batches_that_are_finished_are_not_scored_again(tmp_path):
+    """A run that was stopped after two batches goes on with the third, and gives the same to the last digit."""
+    config, mesh = on_mesh(tiny())
+    model = shard(mixtral.init(config.model, jax.random.key(0)), mesh)
+    scorer = Perplexity(config, heldout())
+    with jax.set_mesh(mesh):
+        want = scorer(model)
+        with Work(tmp_path, "x", "key") as work:
+            scorer(model, work=work)
+    (path,) = tmp_path.iterdir()
+    lines = path.read_text().splitlines()
+    assert len(lines) > 3
+    path.write_text("".join(f"{line}\n" for line in lines[:3]))
+    computed, sums = [], scorer._sums
+    scorer._sums = lambda *arguments: computed.append(1) or sums(*arguments)
+    with jax.set_mesh(mesh), Work(tmp_path, "x", "key") as work:
+        assert scorer(model, work=work) == want
+    assert len(computed) == len(lines) - 3

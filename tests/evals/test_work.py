@@ -20,6 +20,7 @@ def test_what_was_put_is_there_again_to_the_last_digit(tmp_path):
     assert len(again) == 3
     assert "a" in again
     assert "z" not in again
+    assert Work(None, "x", "key"), "an empty one is one too"
     again.close()
 
 
