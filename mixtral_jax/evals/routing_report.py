@@ -181,7 +181,7 @@ def typical_table(each: Mapping, of: str = "") -> Table:
     rows = []
     for layer, experts in each["typical_tokens"].items():
         for expert, tokens in enumerate(experts):
-            said = "  ".join(
+            said = " · ".join(
                 f"{shown(token)} {100 * token['here'] / token['count']:.0f}%" for token in tokens[:SHOWN_TOKENS]
             )
             rows.append([int(layer), expert, said or None])
@@ -230,9 +230,11 @@ def _texts(each: Mapping, of: str) -> list[Block]:
     snippets, experts = each["snippets"], each["experts"]
     parts = [legend(experts)]
     for domain, snippet in snippets.items():
-        for layer, chosen in snippet["first"].items():
-            parts.append(f"<p><b>{html.escape(domain)}, layer {layer}</b></p>")
-            parts.append(spans(snippet["pieces"], chosen))
+        panels = "".join(
+            f'<div style="flex:1 1 20rem"><b>{html.escape(domain)}, layer {layer}</b>{spans(snippet["pieces"], chosen)}</div>'
+            for layer, chosen in snippet["first"].items()
+        )
+        parts.append(f'<div style="display:flex;flex-wrap:wrap;gap:.8rem">{panels}</div>')
     note = "The start of a document of each domain; a token's colour is its first expert, which a tooltip names."
     rows = [(domain, snippet["pieces"], snippet["first"]) for domain, snippet in snippets.items()]
     picture = figure(rows[:MOST_SNIPPETS], experts)
