@@ -15,7 +15,11 @@ venv: .venv/installed
 	$(PIP) -r requirements.txt
 	@touch $@
 
-.venv/installed-dev: .venv/installed requirements-dev.txt
+.venv/installed-eval: .venv/installed requirements-eval.txt
+	$(PIP) -r requirements-eval.txt
+	@touch $@
+
+.venv/installed-dev: .venv/installed-eval requirements-dev.txt
 	$(PIP) -r requirements-dev.txt
 	@touch $@
 
@@ -27,15 +31,16 @@ venv: .venv/installed
 	  -r requirements.txt -r requirements-dev.txt -r requirements-parity.txt
 	@touch $@
 
-demo: .venv/installed
+demo: .venv/installed-eval
 	rm -rf runs/demo
 	.venv/bin/python train.py --config=configs/tiny.py:steps=$(STEPS) --workdir=runs/demo/pretrain
 	.venv/bin/python train.py --config=configs/tiny.py:stage=sft,steps=$(STEPS) --workdir=runs/demo/sft \
 	  --config.train.init_from=runs/demo/pretrain
 	.venv/bin/python train.py --config=configs/tiny.py:stage=dpo,steps=$(shell expr $(STEPS) \* 3 / 4) --workdir=runs/demo/dpo \
 	  --config.train.init_from=runs/demo/sft
-	.venv/bin/python eval.py --compare runs/demo/pretrain runs/demo/sft runs/demo/dpo --out=runs/demo/comparison
-	@echo "Look at runs/demo/comparison/comparison.png and the report.png of runs/demo/pretrain, sft and dpo."
+	.venv/bin/python eval.py --compare runs/demo/pretrain runs/demo/sft runs/demo/dpo --out=runs/demo/comparison \
+	  --evals=perplexity,routing,context,passkey,lm_eval --limit=24 --passkey_trials=4 --routing_tokens=20000
+	@echo "Look at runs/demo/comparison/report.html and the report.png of runs/demo/pretrain, sft and dpo."
 
 test: .venv/installed-dev
 	.venv/bin/python -m pytest

@@ -1,5 +1,6 @@
 """A base model and what it was tuned into, on the same held-out conversations, pairs and questions."""
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -128,7 +129,8 @@ def compare(
     results, evaluated, texts, scorers, record = {}, {}, [], {}, {}
     for i, entrant in enumerate(entrants, 1):
         logger.info("%d of %d: %s", i, len(entrants), entrant.checkpoint)
-        subject, record = open_subject(entrant.checkpoint, settings, folder / UNFINISHED, mesh_sizes)
+        own = _own_folder(folder, i, entrant.name)
+        subject, record = open_subject(entrant.checkpoint, settings, own / UNFINISHED, mesh_sizes)
         evaluated[entrant.name] = measure(subject, asked[entrant.name], lambda *_: None)
         measured = _measure(entrant, subject, heldout, scorers) if heldout else None
         mesh, meta = subject.mesh, subject.meta
@@ -159,6 +161,11 @@ def compare(
     if distributed.speaks():
         _write(report, folder)
     return report
+
+
+def _own_folder(folder: Path, number: int, name: str) -> Path:
+    """Where a model's samples and finished pieces go."""
+    return folder / f"{number}-{''.join(c if c.isalnum() or c in '-_.' else '_' for c in name)}"
 
 
 def _asked(entrant: Entrant, names: Sequence[str] | None, tuned: bool) -> list[str]:
@@ -366,6 +373,10 @@ def _write(report: dict, folder: Path) -> None:
             name: report[name] for name in ("checkpoint", "step", "seed", "devices", "settings", "config", "versions")
         }
         pages.write(folder, " / ".join(report["results"]), found, record, extra)
-    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+    for number, name in enumerate(report["checkpoint"], 1):
+        own = _own_folder(folder, number, name)
+        shutil.rmtree(own / UNFINISHED, ignore_errors=True)
+        with contextlib.suppress(OSError):  # there are samples in it
+            own.rmdir()
     print("\n\n".join(tables))
     print(f"written to {folder / 'comparison.json'}, report.md and report.html")

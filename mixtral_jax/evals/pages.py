@@ -50,11 +50,9 @@ def blocks(found: dict[str, dict[str, dict]]) -> dict[str, list[Block]]:
 
 
 def terminal(found: dict[str, dict[str, dict]]) -> str:
-    """The tables, for a terminal."""
-    parts = []
-    for made in blocks(found).values():
-        parts += [_text_table(block) for block in made if isinstance(block, Table)]
-    return "\n\n".join(parts)
+    """The first table of each evaluation, for a terminal; the pages have the others."""
+    tables = [[block for block in made if isinstance(block, Table)] for made in blocks(found).values()]
+    return "\n\n".join(_text_table(each[0]) for each in tables if each)
 
 
 def write(
@@ -98,7 +96,7 @@ def cell(value) -> str:
         return str(value)
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.5g}"
+    return f"{value:,.0f}" if 10_000 <= abs(value) < 10_000_000 else f"{value:.5g}"
 
 
 def _is_number(value) -> bool:

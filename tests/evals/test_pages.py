@@ -111,6 +111,7 @@ def test_pages_that_cannot_be_written_are_explained(tmp_path):
         (1.5, "1.5"),
         (0.000012345678, "1.2346e-05"),
         (98765.4, "98,765"),
+        (123456789.0, "1.2346e+08"),
         (float("nan"), "nan"),
     ],
 )
