@@ -61,7 +61,15 @@ def test_the_demo_keeps_its_promises(tmp_path):
     assert (train[0]["step"], train[0]["rewards/margins"]) == (1, 0.0)
     assert final["accuracy_low"] > 0.55, "held-out pairs, the lower end of the 95% interval"
 
-    said = run("eval.py", "--compare", str(pretrain), str(sft), str(dpo), f"--out={tmp_path / 'comparison'}")
+    out = tmp_path / "comparison"
+    evals = "--evals=perplexity,routing,context,passkey,lm_eval"
+    few = ["--limit=24", "--passkey_trials=4", "--routing_tokens=20000"]
+    said = run("eval.py", "--compare", str(pretrain), str(sft), str(dpo), f"--out={out}", evals, *few)
     assert "held out" in said.lower()
-    assert (tmp_path / "comparison" / "comparison.png").stat().st_size > 50_000
-    assert json.loads((tmp_path / "comparison" / "comparison.json").read_text())
+    assert (out / "comparison.png").stat().st_size > 50_000
+    found = json.loads((out / "comparison.json").read_text())["evals"]
+    assert all(list(each) == ["perplexity", "routing", "context", "passkey", "lm_eval"] for each in found.values())
+    code = {name: each["perplexity"]["code/bits_per_byte"] for name, each in found.items()}
+    assert code["pretrain"] < min(2.3, code["sft"], code["dpo"]), "held-out code"
+    page = (out / "report.html").read_text()
+    assert all(f'id="{name}"' in page for name in found["pretrain"])
