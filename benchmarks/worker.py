@@ -1,0 +1,59 @@
+"""A process that measures one candidate on one case when it is told to; benchmarks/cpu.py starts several and takes turns.
+
+    python -m benchmarks.worker CASE CANDIDATE SHAPE_JSON
+
+It prints a line of JSON when it is warm, and one with seconds for each line `run` that it reads. A process for each candidate
+keeps their memory and their threads apart: while one runs, the others wait in a read.
+"""
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+
+def main() -> None:
+    """Builds the candidate, warms it up, and serves."""
+    case, candidate, shape = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    begun = time.perf_counter()
+    family = "jax" if candidate == "mixtral_jax" else "torch"
+    if family == "jax":
+        from benchmarks import ours as candidates
+    else:
+        from benchmarks import transformers_peer as candidates
+    run = candidates.CASES[case](candidate, shape)
+    run()
+    first = time.perf_counter() - begun
+    run()
+    _say({"ready": True, "first_seconds": first})
+    for line in sys.stdin:
+        if line.strip() != "run":
+            break
+        start = time.perf_counter()
+        run()
+        _say({"seconds": time.perf_counter() - start, "peak_bytes": peak_bytes()})
+
+
+def peak_bytes() -> int:
+    """The most memory the process has had resident. (getrusage counts what its parent had when it was forked.)"""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+
+
+def tokens(shape: dict, rows: int, width: int) -> np.ndarray:
+    """The same random tokens for all candidates: int32 [rows, width]."""
+    return np.random.default_rng(0).integers(3, shape["vocab_size"], (rows, width)).astype(np.int32)
+
+
+def _say(what: dict) -> None:
+    print(json.dumps(what), flush=True)
+
+
+Run = Callable[[], None]
+
+if __name__ == "__main__":
+    main()
