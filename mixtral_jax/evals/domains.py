@@ -76,8 +76,11 @@ def _given(item: str) -> list[Domain]:
         raise UserError(f"--text={item}: write {_FORM}; for example arxiv=jsonl:arxiv.jsonl")
     name, key = match["name"], match["key"] or "text"
     source = SourceConfig(source=match["source"], path=match["path"], text_key=key, name=name, weight=1.0)
-    if match["source"] != "hub":
-        source_files(source)  # a wrong path is told before any work
+    if match["source"] != "hub":  # a wrong path is told before any work
+        try:
+            source_files(source)
+        except UserError as error:
+            raise UserError(f"--text={item}: {str(error).removeprefix('data.path: ')}") from error
     if not name.startswith("@"):
         return [Domain(name, lambda: (document.text for document in documents(source)))]
     if match["source"] != "jsonl":

@@ -23,7 +23,7 @@ from tests.evals.test_perplexity import unigram
 from tests.helpers import on_mesh, shard, tiny
 
 TOKENIZER = ByteTokenizer()
-TEXTS = {"a": ["one two three", "x", "four " * 30], "b": ["five six seven eight " * 5, "\u00e9t\u00e9 " * 4]}
+TEXTS = {"a": ["one\ttwo\n\nthree", "x", "four " * 30], "b": ["five six seven eight " * 5, "\u00e9t\u00e9 " * 4]}
 
 
 @pytest.fixture
@@ -302,7 +302,7 @@ def test_a_label_is_read_from_the_file_again_and_not_kept(tmp_path):
     [
         (("nothing",), "--text=nothing: write NAME=SOURCE:PATH"),
         (("a=csv:x",), "--text=a=csv:x: write NAME=SOURCE:PATH"),
-        (("a=text:/none/there",), "/none/there matches no file"),
+        (("a=text:/none/there",), "--text=a=text:/none/there: /none/there matches no file"),
         (("stdlib", "stdlib"), "two domains named code"),
         (("@x=text:eval.py",), "labels inside rows are read from jsonl"),
     ],
