@@ -19,8 +19,9 @@ from mixtral_jax.evals.domains import domains
 from mixtral_jax.evals.scorer import Request
 from mixtral_jax.evals.settings import Settings
 from mixtral_jax.evals.subject import Subject
-from mixtral_jax.evals.text_perplexity import COLOURS, Z95
-from mixtral_jax.evals.work import bar
+from mixtral_jax.evals.text_perplexity import COLOURS, mean_interval
+from mixtral_jax.evals.work import Work, bar
+from mixtral_jax.generate.engine import round_up
 from mixtral_jax.panels import LEGEND, MUTED, new_axes
 
 LONGEST, SHORTEST = 32768, 64
@@ -65,35 +66,50 @@ def context(subject: Subject) -> Iterator[tuple[str, Any]]:
 
     Yields:
         for each length L: L/loss (nats per token), L/perplexity, and L/loss_low and L/loss_high, the 95% interval over
-        documents; then documents, scored_tokens (of each) and lengths.
+        documents; but for the shortest L/change, by how much the loss differs from that at the shortest, and
+        L/change_low and L/change_high, its 95% interval over the pairs of one document's two losses, much narrower than
+        the other as easy documents stay easy; then documents, scored_tokens (of each) and lengths.
 
     Raises:
         UserError: no document is long enough.
     """
-    settings, tokenizer = subject.settings, subject.tokenizer
+    settings = subject.settings
     asked = lengths(subject.config, settings)
     scored = min(SCORED, asked[0] // 2)
     tails = _tails(subject, asked[-1])
-    with subject.work("context", tails=tails, scored=scored) as work:
-        left = [(i, length) for length in asked for i in range(len(tails)) if f"{length}/{i}" not in work]
-        requests = []
-        for i, length in left:
-            ids = tails[i]
-            requests.append(Request([tokenizer.bos_id, *ids[len(ids) - length : -scored]], ids[-scored:]))
-        found = subject.scorer(subject.model, requests)
-        for k, each in bar(found, "context", "window", len(asked) * len(tails), len(asked) * len(tails) - len(left)):
-            i, length = left[k]
-            work.put(f"{length}/{i}", -float(np.mean(each.log_probs, dtype=np.float64)))
+    shortest = None
+    windows = bar([], "context", "window", len(asked) * len(tails))
+    with subject.work("context", tails=tails, scored=scored) as work, windows as shown:
         for length in asked:
-            loss = np.array([work.get(f"{length}/{i}") for i in range(len(tails))])
-            yield f"{length}/loss", float(loss.mean())
-            yield f"{length}/perplexity", float(np.exp(loss.mean()))
-            spread = Z95 * loss.std(ddof=1) / np.sqrt(len(loss)) if len(loss) > 1 else None
-            yield f"{length}/loss_low", None if spread is None else float(loss.mean() - spread)
-            yield f"{length}/loss_high", None if spread is None else float(loss.mean() + spread)
+            losses = _losses(subject, work, [ids[-length:] for ids in tails], scored, shown)
+            for name, value in zip(("loss", "loss_low", "loss_high"), mean_interval(losses)):
+                yield f"{length}/{name}", value
+            yield f"{length}/perplexity", float(np.exp(losses.mean()))
+            if shortest is None:
+                shortest = losses
+                continue
+            for name, value in zip(("change", "change_low", "change_high"), mean_interval(losses - shortest)):
+                yield f"{length}/{name}", value
     yield "documents", len(tails)
     yield "scored_tokens", scored
     yield "lengths", asked
+
+
+def _losses(subject: Subject, work: Work, rows: Sequence[list[int]], scored: int, shown) -> np.ndarray:
+    """The mean loss of the last tokens of rows of one length; float64 [rows]."""
+    length, found = len(rows[0]), []
+    # A batch is finished or not: so every row shares it with the same ones, however often it was interrupted.
+    size = subject.scorer.rows(subject.mesh, round_up(length))
+    for first in range(0, len(rows), size):
+        batch = rows[first : first + size]
+        name = f"{length}/{first}-{first + len(batch)}"
+        if name not in work:
+            requests = [Request([subject.tokenizer.bos_id, *ids[:-scored]], ids[-scored:]) for ids in batch]
+            each = dict(subject.scorer(subject.model, requests))
+            work.put(name, [-float(np.mean(each[i].log_probs, dtype=np.float64)) for i in range(len(batch))])
+        found += work.get(name)
+        shown.update(len(batch))
+    return np.array(found)
 
 
 def _tails(subject: Subject, longest: int) -> list[list[int]]:
@@ -134,17 +150,38 @@ def report(found: dict[str, dict]) -> list[Block]:
     """A table and a curve for each model, and what the paper shows for another text."""
     asked = sorted(set(itertools.chain.from_iterable(each["lengths"] for each in found.values())))
     rows = [[f"{length:,}", *(each.get(f"{length}/perplexity") for each in found.values())] for length in asked]
-    first = next(iter(found.values()))
+    texts = {
+        name: f"the last {each['scored_tokens']} tokens of {each['documents']} documents"
+        for name, each in found.items()
+    }
+    same = len(set(texts.values())) == 1
+    said = next(iter(texts.values())) if same else ", ".join(f"{name}: {text}" for name, text in texts.items())
     note = (
-        f"The last {first['scored_tokens']} tokens of {first['documents']} documents, with that many tokens read in all. The paper's "
+        f"Of {said}, with that many tokens read in all. The paper's "
         "Mixtral 8x7B reads off at about "
         + ", ".join(f"{value:g} at {length:,}" for length, value in PAPER.items())
         + " tokens on proof-pile, another text."
     )
     return [
         Table("Perplexity by length of context", ["tokens", *found], rows, note),
+        _changes(found, asked),
         Plot("Perplexity against context", _curve(found, asked), "Shaded: the 95% interval over documents."),
     ]
+
+
+def _changes(found: dict[str, dict], asked: Sequence[int]) -> Table:
+    """How much more context helps: of the same documents, so without the differences between documents."""
+    rows = []
+    for length in asked:
+        cells = []
+        for each in found.values():
+            change, low, high = (each.get(f"{length}/change{end}") for end in ("", "_low", "_high"))
+            shown = None if change is None else f"{change:+.4f}"
+            cells.append(shown if low is None else f"{shown} ({low:+.4f} to {high:+.4f})")
+        if any(cells):
+            rows.append([f"{length:,}", *cells])
+    note = "Nats per token against the same tokens with the shortest context (95% interval, paired by document); below 0 context helps."
+    return Table("Change of the loss with more context", ["tokens", *found], rows, note)
 
 
 def _curve(found: dict[str, dict], asked: Sequence[int]) -> Figure:

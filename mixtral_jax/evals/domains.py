@@ -6,19 +6,23 @@ hash comes first: what a run on the standard library holds out (data.is_heldout)
 
 import ast
 import dataclasses
+import functools
 import io
+import itertools
 import json
 import re
 import tokenize
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from mixtral_jax.config import Config, SourceConfig, UserError
 from mixtral_jax.data import documents
 from mixtral_jax.data.sources import source_files
 from mixtral_jax.data.text import hash_position
 from mixtral_jax.evals.settings import Settings
+from mixtral_jax.evals.work import bar
 
 STDLIB = "stdlib"
 FILES = 0.05  # of the library's files, by hash: about 35
@@ -72,36 +76,64 @@ def _given(item: str) -> list[Domain]:
         raise UserError(f"--text={item}: write {_FORM}; for example arxiv=jsonl:arxiv.jsonl")
     name, key = match["name"], match["key"] or "text"
     source = SourceConfig(source=match["source"], path=match["path"], text_key=key, name=name, weight=1.0)
-    if match["source"] != "hub":
-        source_files(source)  # a wrong path is told before any work
+    if match["source"] != "hub":  # a wrong path is told before any work
+        try:
+            source_files(source)
+        except UserError as error:
+            raise UserError(f"--text={item}: {str(error).removeprefix('data.path: ')}") from error
     if not name.startswith("@"):
         return [Domain(name, lambda: (document.text for document in documents(source)))]
     if match["source"] != "jsonl":
         raise UserError(
             f"--text={item}: labels inside rows are read from jsonl; split the {match['source']} files, one domain each"
         )
-    grouped: dict[str, list[str]] = {}
-    for label, text in _labelled(source, name[1:]):
-        grouped.setdefault(label, []).append(text)
-    return [Domain(label, lambda texts=grouped[label]: iter(texts)) for label in sorted(grouped)]
+    places: dict[str, list[tuple[str, Path, int]]] = {}
+    for label, place in _labelled(source, name[1:]):
+        places.setdefault(label, []).append(place)
+    return [Domain(label, functools.partial(_rows, source, places[label])) for label in sorted(places)]
 
 
-def _labelled(source: SourceConfig, path: str) -> Iterator[tuple[str, str]]:
-    """(label, text) of each row, the label under a path of keys, as meta.pile_set_name."""
-    for name, file in source_files(source):
-        with open(file, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
+def _labelled(source: SourceConfig, path: str) -> Iterator[tuple[str, tuple[str, Path, int]]]:
+    """(label, where) of each row, the label under a path of keys, as meta.pile_set_name; where: file's name, file, byte."""
+    files = source_files(source)
+    with bar([], "reading labels", "B", sum(file.stat().st_size for _, file in files)) as shown:
+        for name, file in files:
+            at = 0
+            with open(file, "rb") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield _label(line, path, source.text_key, f"{name}:{number}"), (name, file, at)
+                    at += len(line)
+                    shown.update(len(line))
+
+
+def _label(line: bytes, path: str, text_key: str, where: str) -> str:
+    """A row's label. Its text is looked at too, so that a wrong row is told before any work."""
+    try:
+        row = value = json.loads(line)
+        for key in path.split("."):
+            value = value[key]
+        for what, kind, found in (("label", str | int, value), ("text", str, row[text_key])):
+            if not isinstance(found, kind):
+                raise TypeError(f"its {what} is no text but {type(found).__name__}")
+        return str(value)
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"--text: {where} has no {path} and {text_key} ({type(error).__name__}: {error}); correct the row or the keys"
+        ) from error
+
+
+def _rows(source: SourceConfig, places: Sequence[tuple[str, Path, int]]) -> Iterator[str]:
+    """The texts of rows: read again, for a file may be longer than memory."""
+    for (name, file), group in itertools.groupby(places, lambda place: place[:2]):
+        with open(file, "rb") as lines:
+            for *_, at in group:
+                lines.seek(at)
                 try:
-                    row = value = json.loads(line)
-                    for key in path.split("."):
-                        value = value[key]
-                    yield str(value), str(row[source.text_key])
+                    yield json.loads(lines.readline())[source.text_key]
                 except (ValueError, LookupError, TypeError) as error:
                     raise UserError(
-                        f"--text: {name}:{number} has no {path} and {source.text_key} ({type(error).__name__}: {error}); correct the row or "
-                        "the keys"
+                        f"--text: {name} was changed while it was read; run the same command again"
                     ) from error
 
 
@@ -112,10 +144,10 @@ def _stdlib() -> list[Domain]:
     for name, path in source_files(source):
         text = path.read_text("utf-8", errors="replace")
         files[name] = (hash_position(text), text)
+    reference = files.pop("pydoc_data/topics.py", (1.0, "topics = {}"))
     tables = {name: file for name, file in files.items() if _is_table(name, file[1])}
     modules = sorted(file for name, file in files.items() if name not in tables and file[0] < FILES)
     parts = [(at, _parts(text)) for at, text in modules]
-    reference = files.get("pydoc_data/topics.py", (1.0, "topics = {}"))
     kinds = {
         "code": [(at, part[0]) for at, part in parts],
         "docstrings": [(at, part[1]) for at, part in parts],

@@ -9,9 +9,9 @@ import numpy as np
 
 from mixtral_jax.evals.scorer import Request
 from mixtral_jax.evals.subject import Subject
-from mixtral_jax.evals.work import Work, bar
+from mixtral_jax.evals.work import Work, bar, key_of
 
-PIECE_BATCHES = 8  # documents of about so many batches are scored together and then kept
+PIECE_BATCHES = 16  # documents of so many batches' bytes, a few batches of tokens, are scored together and then kept
 
 
 class DocumentScore(NamedTuple):
@@ -39,44 +39,58 @@ def windows(ids: Sequence[int], bos: int, width: int) -> Iterator[Request]:
         done = stop
 
 
-def score_documents(subject: Subject, work: Work, name: str, texts: Iterable[str], width: int) -> list[DocumentScore]:
+def score_documents(
+    subject: Subject, work: Work, name: str, texts: Iterable[str], width: int, total: int | None = None
+) -> list[DocumentScore]:
     """Scores documents, those that `work` does not have; without tokens they are left out.
 
     Args:
         subject: whose mesh is current.
-        work: keeps each document under `name` and its number.
-        name: of the text.
+        work: keeps pieces of documents, each under a hash of its texts: what has changed is scored anew.
+        name: of the text, for the progress bar.
         texts: the documents, the same ones in the same order each time.
         width: tokens of a window.
+        total: how many documents there are.
     """
-    found: dict[int, DocumentScore] = {}
-    shown = bar([], name, "document")
+    found: list[DocumentScore] = []
     room = PIECE_BATCHES * (
         subject.settings.batch_tokens or subject.config.train.batch_size * subject.config.train.seq_len
     )
-    documents = ((i, text) for i, text in enumerate(texts))
-    while True:
-        piece: list[tuple[int, str, list[int]]] = []
-        size = 0
-        for i, text in documents:
-            shown.update()
-            if f"{name}/{i}" in work:
-                found[i] = DocumentScore(*work.get(f"{name}/{i}"))
-                continue
-            ids = subject.tokenizer.encode(text)
-            if ids:
-                piece.append((i, text, ids))
-                size += len(ids)
-            if size >= room:
-                break
-        if not piece:
-            break
-        nll = _nll(subject, [ids for *_, ids in piece], width)
-        for (i, text, ids), value in zip(piece, nll):
-            found[i] = DocumentScore(value, len(ids), len(text.encode(errors="replace")), len(re.split(r"\s+", text)))
-            work.put(f"{name}/{i}", list(found[i]))
-    shown.close()
-    return [found[i] for i in sorted(found)]
+    with bar([], name, "document", total) as shown:
+        for piece in _pieces(texts, room):
+            key = key_of({"texts": piece})
+            if key not in work:
+                work.put(key, _scores(subject, piece, width))
+            found += [DocumentScore(*each) for each in work.get(key)]
+            shown.update(len(piece))
+    return found
+
+
+def _pieces(texts: Iterable[str], room: int) -> Iterator[list[str]]:
+    """Neighbouring documents, of `room` bytes or a little more together (a token has one at least).
+
+    The texts alone decide where a piece ends, not what is finished: so a window shares its batch with the same ones,
+    and has the same log-probabilities to the last digit, whether an evaluation was interrupted or not.
+    """
+    piece: list[str] = []
+    size = 0
+    for text in texts:
+        piece.append(text)
+        size += len(text.encode(errors="replace"))
+        if size >= room:
+            yield piece
+            piece, size = [], 0
+    if piece:
+        yield piece
+
+
+def _scores(subject: Subject, texts: Sequence[str], width: int) -> list[DocumentScore]:
+    encoded = [(text, ids) for text in texts if (ids := subject.tokenizer.encode(text))]
+    nll = _nll(subject, [ids for _, ids in encoded], width)
+    return [
+        DocumentScore(value, len(ids), len(text.encode(errors="replace")), len(re.split(r"\s+", text)))
+        for (text, ids), value in zip(encoded, nll)
+    ]
 
 
 def _nll(subject: Subject, documents: Sequence[list[int]], width: int) -> list[float]:

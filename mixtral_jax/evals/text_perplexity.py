@@ -53,7 +53,13 @@ def _of_split(subject: Subject, name: str, split: TokenFile) -> Iterator[tuple[s
     config = subject.config
     split = chosen_answers(split) if config.train.stage == "dpo" else split
     train = config.train
-    rows = {"name": name, "corpus": subject.corpus.key, "rows": train.batch_size, "seq_len": train.seq_len}
+    rows = {
+        "name": name,
+        "corpus": subject.corpus.key,
+        "rows": train.batch_size // train.accumulation_steps,
+        "seq_len": train.seq_len,
+        "packing": config.data.packing,
+    }
     with subject.work("heldout", **rows) as work:
         yield from Perplexity(config, split)(subject.model, work=work).items()
 
@@ -64,8 +70,9 @@ def _of_text(subject: Subject) -> Iterator[tuple[str, Any]]:
     seen = {}
     for name, domain in domains(settings).items():
         with subject.work(f"perplexity-{_file_name(name)}", text=settings.text, domain=name, width=width) as work:
+            total = sum(1 for _ in itertools.islice(domain, settings.limit or None))
             texts = itertools.islice(domain, settings.limit or None)
-            scores = score_documents(subject, work, name, texts, width)
+            scores = score_documents(subject, work, name, texts, width, total)
         if not scores:
             raise UserError(f"--text: the domain {name} has no text; correct its path or leave it out")
         everything += scores
@@ -92,20 +99,29 @@ def _of_documents(scores: Sequence[DocumentScore]) -> dict[str, float]:
     """
     nll, tokens, sizes, words = np.array(scores, np.float64).T
     total, n = nll.sum(), len(scores)
-    spread = Z95 * nll.std(ddof=1) / math.sqrt(n) if n > 1 else None
+    mean, low, high = mean_interval(nll)
     return {
         "loss": float(total / tokens.sum()),
         "perplexity": _exp(total / tokens.sum()),
         "bits_per_byte": float(total / math.log(2) / sizes.sum()),
         "word_perplexity": _exp(total / words.sum()),
-        "document_nll": float(nll.mean()),
-        "document_nll_low": None if spread is None else float(nll.mean() - spread),
-        "document_nll_high": None if spread is None else float(nll.mean() + spread),
+        "document_nll": mean,
+        "document_nll_low": low,
+        "document_nll_high": high,
         "tokens": int(tokens.sum()),
         "bytes": int(sizes.sum()),
         "words": int(words.sum()),
         "documents": n,
     }
+
+
+def mean_interval(values: np.ndarray) -> tuple[float, float | None, float | None]:
+    """The mean, and its 95% interval by the normal approximation; None of one value."""
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, None, None
+    half = float(Z95 * values.std(ddof=1) / math.sqrt(len(values)))
+    return mean, mean - half, mean + half
 
 
 def _exp(x: float) -> float | None:

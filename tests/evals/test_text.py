@@ -1,5 +1,6 @@
 """Labelled text, perplexity of documents, and perplexity by context: against counts by hand."""
 
+import dataclasses
 import json
 import math
 import re
@@ -9,18 +10,20 @@ import numpy as np
 import pytest
 
 from mixtral_jax.config import UserError
+from mixtral_jax.data.text import hash_position
 from mixtral_jax.data.tokenizer import ByteTokenizer
 from mixtral_jax.evals import context, text_perplexity
 from mixtral_jax.evals.domains import domains
 from mixtral_jax.evals.rolling import windows
 from mixtral_jax.evals.settings import Settings
 from mixtral_jax.evals.subject import Subject
+from mixtral_jax.evals.work import Work
 from mixtral_jax.models import mixtral
 from tests.evals.test_perplexity import unigram
 from tests.helpers import on_mesh, shard, tiny
 
 TOKENIZER = ByteTokenizer()
-TEXTS = {"a": ["one two three", "x", "four " * 30], "b": ["five six seven eight " * 5, "\u00e9t\u00e9 " * 4]}
+TEXTS = {"a": ["one\ttwo\n\nthree", "x", "four " * 30], "b": ["five six seven eight " * 5, "\u00e9t\u00e9 " * 4]}
 
 
 @pytest.fixture
@@ -126,6 +129,47 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same(text, tmp_path, mo
     assert results(text_perplexity.perplexity, subject(settings, other, folder=tmp_path))["loss"] != want["loss"]
 
 
+def killed_after(monkeypatch, evaluation, who: Subject, count: int) -> None:
+    """Runs an evaluation that ends when so many pieces are in its file."""
+    put, left = Work.put, [count]
+
+    def ends(self, name, value):
+        put(self, name, value)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "put", ends)
+        with pytest.raises(KeyboardInterrupt):
+            results(evaluation, who)
+
+
+@pytest.mark.parametrize("evaluation", [text_perplexity.perplexity, context.context])
+def test_wherever_it_is_killed_the_figures_are_the_same_to_the_last_digit(evaluation, text, tmp_path, monkeypatch):
+    """What was finished decides neither which requests share a batch nor how wide it is."""
+    monkeypatch.setattr("mixtral_jax.evals.rolling.PIECE_BATCHES", 1)
+    settings = Settings(text=text, batch_tokens=128, context_lengths=(16, 32))
+    one = subject(settings)
+    want = results(evaluation, one)
+    for count in (1, 2):
+        folder = tmp_path / f"killed{count}"
+        killed_after(monkeypatch, evaluation, dataclasses.replace(one, folder=folder), count)
+        assert results(evaluation, dataclasses.replace(one, folder=folder)) == want
+
+
+def test_text_that_changed_is_scored_anew(text, tmp_path):
+    """Under the same path; what is the same as before is not."""
+    settings = Settings(text=text)
+    before = subject(settings, folder=tmp_path / "out")
+    old = results(text_perplexity.perplexity, before)
+    (tmp_path / "1.txt").write_text("y and z")
+    got = results(text_perplexity.perplexity, before)
+    assert got == results(text_perplexity.perplexity, dataclasses.replace(before, folder=None))
+    assert got["a/loss"] != old["a/loss"]
+    assert got["b/loss"] == old["b/loss"]
+
+
 def test_context_scores_the_same_tokens_with_more_before_them(tmp_path):
     """Against whole logits; a document of just the length counts, a shorter one does not."""
     rng = np.random.default_rng(0)
@@ -148,6 +192,13 @@ def test_context_scores_the_same_tokens_with_more_before_them(tmp_path):
         assert found[f"{length}/loss"] == pytest.approx(np.mean(losses), rel=1e-5)
         half = 1.96 * np.std(losses, ddof=1) / math.sqrt(2)
         assert found[f"{length}/loss_high"] == pytest.approx(np.mean(losses) + half, rel=1e-4)
+        if length == 16:
+            shortest = np.array(losses)
+            continue
+        change = np.array(losses) - shortest
+        assert found[f"{length}/change"] == pytest.approx(change.mean(), rel=1e-3)
+        half = 1.96 * np.std(change, ddof=1) / math.sqrt(2)
+        assert found[f"{length}/change_low"] == pytest.approx(change.mean() - half, rel=1e-3)
     got = results(context.context, subject(settings, axes=dict(context=2, fsdp=2)))
     assert got.pop("lengths") == [16, 32, 64]
     assert got == pytest.approx({name: value for name, value in found.items() if name != "lengths"}, rel=1e-5)
@@ -203,6 +254,16 @@ def test_the_standard_librarys_domains():
     assert found["code"].trained(tiny(data__source="text", data__path="x")) is None
 
 
+def test_the_language_reference_is_no_code(monkeypatch):
+    """On a Python whose file of it has a hash among the first, it stays a domain of its own."""
+    monkeypatch.setattr(
+        "mixtral_jax.evals.domains.hash_position", lambda text: 0.0 if "\ntopics = {" in text else hash_position(text)
+    )
+    found = domains(Settings())
+    assert not any("topics = {" in each for each in found["code"])
+    assert len(list(found["reference"])) > 50
+
+
 def test_rows_that_carry_their_label_make_a_domain_each(tmp_path):
     rows = [{"text": f"t{i}", "meta": {"set": ["x", "y"][i % 2]}} for i in range(5)]
     path = tmp_path / "pile.jsonl"
@@ -212,6 +273,28 @@ def test_rows_that_carry_their_label_make_a_domain_each(tmp_path):
     path.write_text(path.read_text() + '{"text": "no label"}\n')
     with pytest.raises(UserError, match=r"pile.jsonl:6 has no meta.set and text"):
         domains(Settings(text=(f"@meta.set=jsonl:{path}",)))
+    path.write_text('{"text": null, "meta": {"set": "x"}}\n')
+    with pytest.raises(UserError, match=r"pile.jsonl:1 has no meta.set and text .*its text is no text but NoneType"):
+        domains(Settings(text=(f"@meta.set=jsonl:{path}",)))
+    path.write_text('{"text": "t", "meta": {"set": {"a": 1}}}\n')
+    with pytest.raises(UserError, match=r"its label is no text but dict"):
+        domains(Settings(text=(f"@meta.set=jsonl:{path}",)))
+
+
+def test_a_label_is_read_from_the_file_again_and_not_kept(tmp_path):
+    """Blank lines, letters of several bytes and several files between the rows."""
+    rows = [{"body": f"\u00e9{i}", "kind": i % 3} for i in range(9)]
+    for name, part in (("a", rows[:4]), ("b", rows[4:])):
+        lines = [json.dumps(row, ensure_ascii=False) for row in part]
+        (tmp_path / f"{name}.jsonl").write_text("\n\n".join(lines), encoding="utf-8")
+    found = domains(Settings(text=(f"@kind=jsonl[body]:{tmp_path}",)))
+    for _ in range(2):
+        assert {name: list(each) for name, each in found.items()} == {
+            str(k): [row["body"] for row in rows if row["kind"] == k] for k in range(3)
+        }
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"a.jsonl was changed while it was read"):
+        list(found["0"])
 
 
 @pytest.mark.parametrize(
@@ -219,7 +302,7 @@ def test_rows_that_carry_their_label_make_a_domain_each(tmp_path):
     [
         (("nothing",), "--text=nothing: write NAME=SOURCE:PATH"),
         (("a=csv:x",), "--text=a=csv:x: write NAME=SOURCE:PATH"),
-        (("a=text:/none/there",), "/none/there matches no file"),
+        (("a=text:/none/there",), "--text=a=text:/none/there: /none/there matches no file"),
         (("stdlib", "stdlib"), "two domains named code"),
         (("@x=text:eval.py",), "labels inside rows are read from jsonl"),
     ],
