@@ -171,7 +171,8 @@ def test_what_is_finished_stays_when_a_later_evaluation_fails(workdir, tmp_path,
         run.evaluate(str(workdir), 2, ["baselines", "planted"], str(out))
     written = json.loads((out / "results.json").read_text())
     assert written["unfinished"] == ["planted"]
-    assert set(written["results"]) == {"baselines"}
+    assert set(written["results"]) == {"baselines", "planted"}
+    assert written["results"]["planted"] == {"one": 1}, "what it gave before it failed"
     monkeypatch.setitem(run.EVALS, "planted", run.EVALS["baselines"]._replace(run=lambda subject: iter([("one", 1)])))
     found = run.evaluate(str(workdir), 2, ["baselines", "planted"], str(out))
     written = json.loads((out / "results.json").read_text())
