@@ -1,5 +1,6 @@
 """Log-likelihood of whole documents, however long: every token once, in windows of the model's rows."""
 
+import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,7 +45,7 @@ def score_documents(subject: Subject, work: Work, name: str, texts: Iterable[str
 
     Args:
         subject: whose mesh is current.
-        work: keeps each document under `name` and its number.
+        work: keeps each document under `name` and a hash of its text: a text that has changed is scored anew.
         name: of the text.
         texts: the documents, the same ones in the same order each time.
         width: tokens of a window.
@@ -56,25 +57,26 @@ def score_documents(subject: Subject, work: Work, name: str, texts: Iterable[str
     )
     documents = ((i, text) for i, text in enumerate(texts))
     while True:
-        piece: list[tuple[int, str, list[int]]] = []
+        piece: list[tuple[int, str, str, list[int]]] = []
         size = 0
         for i, text in documents:
             shown.update()
-            if f"{name}/{i}" in work:
-                found[i] = DocumentScore(*work.get(f"{name}/{i}"))
+            key = f"{name}/{hashlib.sha256(text.encode(errors='replace')).hexdigest()[:32]}"
+            if key in work:
+                found[i] = DocumentScore(*work.get(key))
                 continue
             ids = subject.tokenizer.encode(text)
             if ids:
-                piece.append((i, text, ids))
+                piece.append((i, key, text, ids))
                 size += len(ids)
             if size >= room:
                 break
         if not piece:
             break
         nll = _nll(subject, [ids for *_, ids in piece], width)
-        for (i, text, ids), value in zip(piece, nll):
+        for (i, key, text, ids), value in zip(piece, nll):
             found[i] = DocumentScore(value, len(ids), len(text.encode(errors="replace")), len(re.split(r"\s+", text)))
-            work.put(f"{name}/{i}", list(found[i]))
+            work.put(key, list(found[i]))
     shown.close()
     return [found[i] for i in sorted(found)]
 

@@ -126,6 +126,15 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same(text, tmp_path, mo
     assert results(text_perplexity.perplexity, subject(settings, other, folder=tmp_path))["loss"] != want["loss"]
 
 
+def test_a_text_that_changed_since_the_interruption_is_scored_anew(text, tmp_path):
+    before = results(text_perplexity.perplexity, subject(Settings(text=text), folder=tmp_path))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"body": "nine ten " * 7}) + "\n")
+    got = results(text_perplexity.perplexity, subject(Settings(text=text), folder=tmp_path))
+    assert got == results(text_perplexity.perplexity, subject(Settings(text=text)))
+    assert (got["b/bytes"], got["a/loss"]) == (63, before["a/loss"])
+    assert got["b/loss"] != before["b/loss"]
+
+
 def test_context_scores_the_same_tokens_with_more_before_them(tmp_path):
     """Against whole logits; a document of just the length counts, a shorter one does not."""
     rng = np.random.default_rng(0)
