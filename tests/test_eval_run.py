@@ -171,12 +171,33 @@ def test_what_is_finished_stays_when_a_later_evaluation_fails(workdir, tmp_path,
         run.evaluate(str(workdir), 2, ["baselines", "planted"], str(out))
     written = json.loads((out / "results.json").read_text())
     assert written["unfinished"] == ["planted"]
-    assert set(written["results"]) == {"baselines"}
+    assert set(written["results"]) == {"baselines", "planted"}
+    assert written["results"]["planted"] == {"one": 1}, "what it gave before the mistake"
     monkeypatch.setitem(run.EVALS, "planted", run.EVALS["baselines"]._replace(run=lambda subject: iter([("one", 1)])))
     found = run.evaluate(str(workdir), 2, ["baselines", "planted"], str(out))
     written = json.loads((out / "results.json").read_text())
     assert "unfinished" not in written
     assert written["results"]["planted"] == found["planted"] == {"one": 1}
+
+
+def test_the_first_mistake_is_told_also_where_nothing_can_be_written(workdir, tmp_path, monkeypatch):
+    def fails(subject):
+        yield "one", 1
+        raise UserError("no data set")
+
+    def full(path, report):
+        raise UserError("no space")
+
+    monkeypatch.setitem(run.EVALS, "planted", run.EVALS["baselines"]._replace(run=fails))
+    monkeypatch.setattr(run, "write_json", full)
+    with pytest.raises(UserError, match="no data set"):
+        run.evaluate(str(workdir), 2, ["planted"], str(tmp_path / "out"))
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that root cannot write into either")
+def test_a_folder_that_cannot_be_written_into_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(UserError, match="--out=/proc cannot be written into"):
+        run.evaluate(str(tmp_path / "no such run"), None, ["perplexity"], "/proc")
 
 
 def test_a_full_disk_is_explained_and_harms_nothing(workdir, small_disk, tmp_path):
