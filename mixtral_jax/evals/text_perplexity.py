@@ -53,7 +53,8 @@ def _of_split(subject: Subject, name: str, split: TokenFile) -> Iterator[tuple[s
     config = subject.config
     split = chosen_answers(split) if config.train.stage == "dpo" else split
     train = config.train
-    rows = {"name": name, "corpus": subject.corpus.key, "rows": train.batch_size, "seq_len": train.seq_len}
+    rows = {"rows": train.batch_size, "seq_len": train.seq_len, "packing": config.data.packing}
+    rows |= {"name": name, "corpus": subject.corpus.key}
     with subject.work("heldout", **rows) as work:
         yield from Perplexity(config, split)(subject.model, work=work).items()
 
