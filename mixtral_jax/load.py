@@ -229,5 +229,7 @@ def _for_devices(config: Config, devices: int, mesh_sizes: dict[str, int] | None
     # The kernels of the run's machine may not exist here.
     attention = "auto" if config.model.attention in ("cudnn", "splash") else config.model.attention
     backend = "auto" if config.model.expert_backend in ("megablox", "tokamax") else config.model.expert_backend
-    model = dataclasses.replace(config.model, attention=attention, expert_backend=backend)
+    # Dropless: with a bounded buffer it is the batch's other rows, and the mesh, that decide which tokens are dropped.
+    kept = {"attention": attention, "expert_backend": backend, "buffer_factor": 0.0}
+    model = dataclasses.replace(config.model, **kept)
     return resolve_mesh(dataclasses.replace(config, model=model, train=train, mesh=mesh), devices)

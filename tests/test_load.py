@@ -20,6 +20,7 @@ from mixtral_jax.convert.__main__ import main as convert
 from mixtral_jax.convert.foreign import Foreign
 from mixtral_jax.convert.shards import Shards
 from mixtral_jax.convert.transfer import Transfer
+from mixtral_jax.evals.scorer import Request, Scorer, total
 from mixtral_jax.generate import generate
 from mixtral_jax.generate.__main__ import main as generate_main
 from mixtral_jax.load import load, restore_weights, stored_corpus, stored_tokenizer
@@ -273,6 +274,20 @@ def test_the_kernels_of_another_machine_are_left_there(tmp_path, backend):
     workdir = two_steps(tmp_path / "run", **kernels)
     config, *_ = load(str(workdir), {"fsdp": 8})
     assert (config.model.attention, config.model.expert_backend) == ("auto", "auto")
+
+
+def test_no_token_is_dropped_for_what_shares_its_batch(tmp_path):
+    """A bounded buffer is for training: what a model gives for a text must not depend on batch and mesh."""
+    bounded = dict(model__dispatch="ragged", model__buffer_factor=0.25, model__init_std=0.4)
+    workdir = two_steps(tmp_path / "run", **bounded)
+    tokens = np.random.default_rng(0).integers(4, 100, (8, 16), dtype=np.int32)
+    losses = []
+    for axes in ({"fsdp": 8}, {"expert": 4, "fsdp": 2}):
+        config, model, mesh = load(str(workdir), axes)
+        with jax.set_mesh(mesh):
+            scorer = Scorer(config)
+            losses.append([total(each)[0] for _, each in scorer(model, [Request(row[:1], row[1:]) for row in tokens])])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_matrices_come_in_the_dtype_that_decoding_multiplies_in(tmp_path):

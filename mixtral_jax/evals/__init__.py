@@ -4,6 +4,8 @@ An evaluation is an iterator of named results: it takes a Subject and yields (me
 What a report shows is made of those values alone. The results are the same on all processes.
 """
 
+import dataclasses
+import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -61,7 +63,16 @@ def preference(subject: Subject) -> Iterator[tuple[str, Any]]:
     """Preference loss, reward accuracy and margin on the whole held-out split, against the run's own reference."""
     config, corpus = subject.config, subject.corpus
     reference = heldout_reference(config, corpus, subject.meta, subject.mesh, subject.note)
-    yield from Preference(config, corpus.heldout, reference)(subject.model).items()
+    given = {
+        "corpus": corpus.key,
+        "rows": [config.train.batch_size, config.train.seq_len, config.data.packing],
+        "dpo": dataclasses.asdict(config.dpo),
+        "reference": None
+        if reference is None
+        else hashlib.sha256(np.ascontiguousarray(reference).tobytes()).hexdigest(),
+    }
+    with subject.work("preference", **given) as work:
+        yield from Preference(config, corpus.heldout, reference)(subject.model, work=work).items()
 
 
 def ngrams(subject: Subject) -> Iterator[tuple[str, Any]]:

@@ -12,6 +12,7 @@ from mixtral_jax import frozen, lora_base
 from mixtral_jax.config import Config, DpoConfig, UserError
 from mixtral_jax.data import Batches, Corpus, TokenFile, pack_pairs
 from mixtral_jax.distributed import rows_here, speaks
+from mixtral_jax.evals.work import Work
 from mixtral_jax.frozen import has_reference
 from mixtral_jax.preference import Answers, answers, pair_losses, pair_terms, stored_reference
 from mixtral_jax.reference import add_to, open_split
@@ -164,13 +165,14 @@ class Preference:
 
         self._sums = jax.jit(sums)
 
-    def __call__(self, params, limit: int | None = None, frozen=None) -> dict[str, float]:
+    def __call__(self, params, limit: int | None = None, frozen=None, work: Work | None = None) -> dict[str, float]:
         """Evaluates on the current mesh (`jax.set_mesh`).
 
         Args:
             params: of the policy.
             limit: batches to read, spread evenly over the split; None reads every pair.
             frozen: see step.make_train_step.
+            work: keeps the sums of each batch; those that it has are not computed again.
 
         Returns:
             loss (the preference loss), accuracy with its 95% interval accuracy_low to accuracy_high, margin,
@@ -182,11 +184,16 @@ class Preference:
         rows = self._batches.batch_size
         start, stop = rows_here(mesh, rows)
         total: dict[str, float] = {}
+        work = Work(None, "", "") if work is None else work
         for k in tqdm(picked, "held-out pairs", leave=False, disable=None if speaks() else True, unit="batch"):
+            if str(k) in work:
+                continue
             batch = self._batches.eval_batch(int(k), start, stop)
             batch = batch if self._reference is None else add_to(batch, self._reference)
             parts = jax.device_get(self._sums(params, frozen, place(batch, mesh, start, rows)))
-            total = {name: total.get(name, 0.0) + float(value) for name, value in parts.items()}
+            work.put(str(k), {name: float(value) for name, value in parts.items()})
+        for k in picked:
+            total = {name: total.get(name, 0.0) + value for name, value in work.get(str(k)).items()}
         n = int(total.pop("pairs"))
         mean = {name: value / n for name, value in total.items()}
         low, high = wilson(mean["rewards/accuracies"], n)

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -142,7 +143,8 @@ def measure(
                 for metric, value in EVALS[name].run(subject):
                     found[metric] = value
             except UserError:
-                keep(results, list(names[number - 1 :]))
+                with contextlib.suppress(UserError):  # a full disk: the first mistake is the one to tell
+                    keep(results, list(names[number - 1 :]))
                 raise
             keep(results, list(names[number:]))
     return results
@@ -219,14 +221,22 @@ def output_folder(out: str) -> Path:
     """Makes the folder of --out, before the work: a bad path must not cost an evaluation.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: it cannot be made, or nothing can be written into it.
     """
     folder = Path(out)
+    if not distributed.speaks():
+        return folder
     try:
-        if distributed.speaks():
-            folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out={out} cannot be made a folder: {error}") from error
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--out={out} cannot be written into: {error.strerror or error}; give another folder"
+        ) from error
     return folder
 
 
