@@ -1,5 +1,6 @@
 """Weights by any name: a workdir, one of its steps, hf:DIR; and each process reads what its own devices hold."""
 
+import dataclasses
 import json
 import os
 import re
@@ -20,7 +21,11 @@ from mixtral_jax.convert.__main__ import main as convert
 from mixtral_jax.convert.foreign import Foreign
 from mixtral_jax.convert.shards import Shards
 from mixtral_jax.convert.transfer import Transfer
+from mixtral_jax.evals import text_perplexity
+from mixtral_jax.evals.rolling import DocumentScore
+from mixtral_jax.evals.run import open_subject
 from mixtral_jax.evals.scorer import Request, Scorer, total
+from mixtral_jax.evals.settings import Settings
 from mixtral_jax.generate import generate
 from mixtral_jax.generate.__main__ import main as generate_main
 from mixtral_jax.load import load, restore_weights, stored_corpus, stored_tokenizer
@@ -247,6 +252,20 @@ def test_the_tokenizer_lies_beside_the_weights_and_generation_takes_both(tmp_pat
     with jax.set_mesh(mesh):
         (done,) = generate(model, tokenizer, ["Hello"], max_tokens=6)
     assert capsys.readouterr().out == f"Hello{done.text}\n"
+
+
+def test_files_of_others_are_evaluated_in_modest_batches_and_nothing_is_said_of_their_training(tmp_path, monkeypatch):
+    """The defaults of training are a cluster's: a million tokens in a batch; and name a text that others never saw."""
+    shape = SHAPE | dict(vocab_size=32000)
+    folder = sources.write(tmp_path / "hf", sources.tensors(reference.weights(shape)), sources.config_json(shape))
+    (folder / "tokenizer.model").write_bytes(sources.tokenizer_bytes(tmp_path / "v1"))
+    monkeypatch.setattr("mixtral_jax.evals.run.FOREIGN_TOKENS", 512)
+    found, _ = open_subject(resolve_checkpoint(f"hf:{folder}"), Settings(text=("stdlib",), limit=1), None)
+    assert found.scorer.rows(found.mesh, 64) * 64 == 512 * found.mesh.size
+    monkeypatch.setattr(text_perplexity, "score_documents", lambda *_: [DocumentScore(2.0, 1, 1, 1)])
+    assert "trained_on" not in dict(text_perplexity.perplexity(found))
+    run = dataclasses.replace(found, meta={"identity": {}})
+    assert "trained_on" in dict(text_perplexity.perplexity(run))
 
 
 def test_names_that_mean_nothing_are_explained(tmp_path):

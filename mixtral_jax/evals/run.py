@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 ALL = "all"
 UNFINISHED = "unfinished"  # the folder of finished pieces of evaluations that are not
+FOREIGN_TOKENS = 8192  # in a batch, for each device, of files of others
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -100,6 +101,9 @@ def open_subject(
     if checkpoint.step is not None:  # the run's own tokenizer, wherever data.tokenizer has gone since
         data = dataclasses.replace(config.data, tokenizer=str(checkpoint.local / "tokenizer"))
         config = dataclasses.replace(config, data=data)
+    if stored_corpus(checkpoint) is None:  # of others: the batch is the default of training, a large cluster's
+        rows = min(max(FOREIGN_TOKENS // config.train.seq_len, 1) * mesh.size, config.train.batch_size)
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=rows))
     subject = Subject(
         name=str(checkpoint),
         config=merged(config),

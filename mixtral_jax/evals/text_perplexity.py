@@ -78,7 +78,8 @@ def _of_text(subject: Subject) -> Iterator[tuple[str, Any]]:
         everything += scores
         for metric, value in _of_documents(scores).items():
             yield f"{name}/{metric}", value
-        if (trained := domain.trained(subject.config)) is not None:
+        # Of files of others, also imported ones, nobody knows what they were trained on.
+        if "identity" in subject.meta and (trained := domain.trained(subject.config)) is not None:
             seen[name] = trained
     yield from _of_documents(everything).items()
     if seen:
