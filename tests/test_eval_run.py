@@ -173,6 +173,9 @@ def test_what_is_finished_stays_when_a_later_evaluation_fails(workdir, tmp_path,
     assert written["unfinished"] == ["planted"]
     assert set(written["results"]) == {"baselines", "planted"}
     assert written["results"]["planted"] == {"one": 1}, "what it gave before it failed"
+    page = (out / "report.html").read_text()
+    assert "(unfinished)" in page
+    assert "bigram_bits_per_byte" in page
     monkeypatch.setitem(run.EVALS, "planted", run.EVALS["baselines"]._replace(run=lambda subject: iter([("one", 1)])))
     found = run.evaluate(str(workdir), 2, ["baselines", "planted"], str(out))
     written = json.loads((out / "results.json").read_text())
@@ -191,3 +194,11 @@ def test_a_full_disk_is_explained_and_harms_nothing(workdir, small_disk, tmp_pat
     assert not list(out.glob("results.json.*")), "nothing half-written"
     (small_disk / "ballast").unlink()
     assert run.evaluate(str(workdir), 2, ["perplexity", "baselines"], str(out))["baselines"] == found["baselines"]
+
+
+def test_numbers_that_json_does_not_know_are_null(tmp_path):
+    run.write_json(tmp_path / "x.json", {"a": [float("nan"), 1.5], "b": {"c": float("inf")}})
+    assert json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail) == {
+        "a": [None, 1.5],
+        "b": {"c": None},
+    }

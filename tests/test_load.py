@@ -264,7 +264,7 @@ def test_files_of_others_are_evaluated_in_modest_batches_and_nothing_is_said_of_
     assert found.scorer.rows(found.mesh, 64) * 64 == 512 * found.mesh.size
     monkeypatch.setattr(text_perplexity, "score_documents", lambda *_: [DocumentScore(2.0, 1, 1, 1)])
     assert "trained_on" not in dict(text_perplexity.perplexity(found))
-    run = dataclasses.replace(found, meta={"identity": {}})
+    run = dataclasses.replace(found, own_text=True)
     assert "trained_on" in dict(text_perplexity.perplexity(run))
 
 

@@ -116,6 +116,9 @@ def compare(
     settings = settings if settings.text else dataclasses.replace(settings, text=("stdlib",))
     names = known(names)
     entrants = _entrants([resolve_checkpoint(spec, step) for spec in specs])
+    if not settings.window:  # the same for all, or one reads with more context than another
+        shortest = min(min(each.config.train.seq_len, each.config.model.max_seq_len) for each in entrants)
+        settings = dataclasses.replace(settings, window=shortest)
     tuned = [each for each in entrants if each.config.train.stage != "pretrain"]
     asked = {each.name: _asked(each, names, bool(tuned)) for each in entrants}
     _refuse_unfit(entrants, asked, names, settings)
@@ -131,7 +134,13 @@ def compare(
         logger.info("%d of %d: %s", i, len(entrants), entrant.checkpoint)
         own = _own_folder(folder, i, entrant.name)
         subject, record = open_subject(entrant.checkpoint, settings, own / UNFINISHED, mesh_sizes)
-        evaluated[entrant.name] = measure(subject, asked[entrant.name], lambda *_: None)
+
+        def keep(found: dict, unfinished: list[str], name=entrant.name) -> None:
+            evaluated[name] = found
+            left = {name: unfinished} | {each.name: asked[each.name] for each in entrants if each.name not in evaluated}
+            write_json(folder / "comparison.json", {"evals": evaluated, "unfinished": left, "results": results})
+
+        evaluated[entrant.name] = measure(subject, asked[entrant.name], keep)
         measured = _measure(entrant, subject, heldout, scorers) if heldout else None
         mesh, meta = subject.mesh, subject.meta
         del subject  # the reference of a DPO run may have to be loaded

@@ -139,7 +139,7 @@ def routing(subject: Subject) -> Iterator[tuple[str, Any]]:
 
 def _read_all(subject: Subject) -> dict[str, Text]:
     settings = subject.settings
-    width = min(subject.config.train.seq_len, subject.longest)
+    width = subject.window
     texts = {}
     for name, documents in bar(domains(settings).items(), "reading text", "domain"):
         texts[name] = read(documents, subject.tokenizer, settings.routing_tokens, width, settings.limit)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 ALL = "all"
 UNFINISHED = "unfinished"  # the folder of finished pieces of evaluations that are not
 FOREIGN_TOKENS = 8192  # in a batch, for each device, of files of others
+OF_OWN_TEXT = ("baselines", "preference")  # mean nothing where a checkpoint's text is not known
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -61,17 +63,26 @@ def evaluate(
     folder = output_folder(out)
     checkpoint = resolve_checkpoint(spec, step)
     stored = stored_config(checkpoint)
+    if names is None and stored_corpus(checkpoint) is None:
+        names = [name for name in fitting(stored.train.stage, None, "") if name not in OF_OWN_TEXT]
     names = fitting(stored.train.stage, names, str(checkpoint))
     refuse_early(names, stored, settings)
     subject, record = open_subject(checkpoint, settings, folder / UNFINISHED, mesh_sizes)
+    short, kept = checkpoint.folder.name, {}
 
     def keep(results: dict, unfinished: list[str]) -> None:
         more = {"unfinished": unfinished} if unfinished else {}
+        kept.update(results=results, record=more | record)
         write_json(folder / "results.json", {"results": results} | more | record)
 
-    results = measure(subject, names, keep)
+    try:
+        results = measure(subject, names, keep)
+    except UserError:
+        if distributed.speaks() and any(kept.get("results", {}).values()):
+            with contextlib.suppress(UserError):  # a full disk: the first mistake is the one to tell
+                pages.write(folder, f"{checkpoint} (unfinished)", {short: _drawable(kept["results"])}, kept["record"])
+        raise
     if distributed.speaks():
-        short = checkpoint.folder.name
         print(checkpoint)
         print(pages.terminal({short: results}))
         pages.write(folder, str(checkpoint), {short: results}, record)
@@ -115,6 +126,7 @@ def open_subject(
         note=logger.info,
         meta=stored_meta(checkpoint),
         folder=unfinished,
+        own_text=stored_corpus(checkpoint) is not None,
     )
     record = {
         "checkpoint": str(checkpoint),
@@ -154,12 +166,26 @@ def measure(
     return results
 
 
+def _drawable(results: dict[str, dict]) -> dict[str, dict]:
+    """What a report can be made of: an evaluation that ended early gave what its report needs, or perhaps not."""
+    found = {}
+    for name, each in results.items():
+        with contextlib.suppress(LookupError, TypeError, ValueError):
+            EVALS[name].report({"": each})
+            found[name] = each
+    return found
+
+
 def refuse_early(names: Sequence[str], config: Config, settings: Settings) -> None:
     """Lets evaluations refuse settings that cannot work, before weights are read.
 
     Raises:
         UserError: one does.
     """
+    if settings.window > config.model.max_seq_len:
+        raise UserError(
+            f"--window={settings.window} exceeds the model's max_seq_len={config.model.max_seq_len}; lower it"
+        )
     for name in names:
         if EVALS[name].check is not None:
             EVALS[name].check(config, settings)
@@ -190,7 +216,7 @@ def write_json(path: Path, report: dict) -> None:
         return
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        temporary.write_text(json.dumps(_finite(report), indent=2, ensure_ascii=False) + "\n", "utf-8")
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -199,6 +225,15 @@ def write_json(path: Path, report: dict) -> None:
             f"{path} cannot be written: {error}; finished pieces are kept in {path.parent / UNFINISHED}: make room or correct "
             "--out, and run the same command again to go on"
         ) from error
+
+
+def _finite(value):
+    """A value with null for what JSON does not know: NaN and infinity."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def fitting(stage: str, names: Sequence[str] | None, whose: str) -> list[str]:

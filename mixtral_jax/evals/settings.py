@@ -27,6 +27,10 @@ class Settings:
         0, "At most so many documents a domain, questions a task, trials a cell, ...; 0: what each takes by itself."
     )
     batch_tokens: int = _told(0, "Tokens in a batch, over all devices; 0: as many as a training batch of the run.")
+    window: int = _told(
+        0,
+        "Tokens that perplexity of --text and routing read at once; 0: a row of the run, in a comparison the shortest of all.",
+    )
     seed: int = _told(0, "Of everything that is drawn: filler and keys, sampled answers, shuffled examples.")
 
     context_lengths: tuple[int, ...] = _told(

@@ -33,6 +33,7 @@ class Subject:
     note: Callable[[str], None]  # shows a line to the user
     meta: dict = dataclasses.field(default_factory=dict)  # what the checkpoint notes, see load.stored_meta
     folder: Path | None = None  # where finished pieces are kept; None: nowhere
+    own_text: bool = True  # False: what it was trained on is not known, as of files of others
     spare_memory: bool = False  # generate from the training layout, slower and without a second copy of the weights
 
     @functools.cached_property
@@ -66,6 +67,11 @@ class Subject:
     def longest(self) -> int:
         """Tokens that the model can read."""
         return self.config.model.max_seq_len
+
+    @property
+    def window(self) -> int:
+        """Tokens of a text that are read at once."""
+        return min(self.settings.window or self.config.train.seq_len, self.longest)
 
     def work(self, name: str, /, **what: Any) -> Work:
         """Opens what is finished of an evaluation of this model; `what` is everything else that decides its results."""

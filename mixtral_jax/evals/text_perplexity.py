@@ -38,7 +38,7 @@ def perplexity(subject: Subject) -> Iterator[tuple[str, Any]]:
     On the held-out split: loss (nats per token), perplexity, bits_per_byte, tokens; documents are cut into rows as in
     training. Of conversations the answers' tokens count, of pairs the chosen ones'. On --text: see `_of_documents`.
     """
-    if subject.settings.text:
+    if subject.settings.text or not subject.own_text:
         yield from _of_text(subject)
         return
     config, corpus = subject.config, subject.corpus
@@ -65,8 +65,7 @@ def _of_split(subject: Subject, name: str, split: TokenFile) -> Iterator[tuple[s
 
 
 def _of_text(subject: Subject) -> Iterator[tuple[str, Any]]:
-    settings, everything = subject.settings, []
-    width = min(subject.config.train.seq_len, subject.longest)
+    settings, everything, width = subject.settings, [], subject.window
     seen = {}
     for name, domain in domains(settings).items():
         with subject.work(f"perplexity-{_file_name(name)}", text=settings.text, domain=name, width=width) as work:
@@ -78,10 +77,10 @@ def _of_text(subject: Subject) -> Iterator[tuple[str, Any]]:
         everything += scores
         for metric, value in _of_documents(scores).items():
             yield f"{name}/{metric}", value
-        # Of files of others, also imported ones, nobody knows what they were trained on.
-        if "identity" in subject.meta and (trained := domain.trained(subject.config)) is not None:
+        if subject.own_text and (trained := domain.trained(subject.config)) is not None:
             seen[name] = trained
     yield from _of_documents(everything).items()
+    yield "window", width
     if seen:
         yield "trained_on", seen
 

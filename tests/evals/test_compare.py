@@ -20,6 +20,7 @@ from mixtral_jax.evals import compare_report, run
 from mixtral_jax.evals.compare import Entrant, Heldout, _notes, compare
 from mixtral_jax.evals.preference import answer_tokens, likelihood_ranking, reward_ranking
 from mixtral_jax.evals.questions import choose_questions, chosen_answers
+from mixtral_jax.evals.settings import Settings
 from mixtral_jax.jsonl import read_jsonl
 from mixtral_jax.models import mixtral
 from mixtral_jax.reference import score_pairs
@@ -464,9 +465,38 @@ def test_an_interrupted_comparison_goes_on_where_it_was(folder, tmp_path, monkey
     monkeypatch.setattr(compare_module.Perplexity, "__call__", counted)
     with pytest.raises(KeyboardInterrupt):
         compare(specs, str(out), questions=3)
-    assert not (out / "comparison.json").exists()
+    assert not (out / "report.html").exists()
     found = compare(specs, str(out), questions=3)
     assert len(calls) == 4, "the first two models' pairs were not scored again"
     assert len(measured) == 3, "nor any model's answers"
     assert found["results"] == report["results"]
     assert found["questions"] == report["questions"]
+
+
+def test_all_models_read_windows_of_the_same_length(folder, tmp_path):
+    """Else the one that was trained with longer rows would score the same text with more context."""
+    long = shutil.copytree(folder / "base", tmp_path / "long")
+    values = json.loads((long / "config.json").read_text())
+    values["train"]["seq_len"] = 32
+    (long / "config.json").write_text(json.dumps(values))
+    for i in range(2):
+        (tmp_path / f"{i}.txt").write_text("some words and more of them " * (5 + i))
+    settings = Settings(text=(f"t=text:{tmp_path}/*.txt",))
+    found = compare([str(folder / "base"), str(long)], str(tmp_path / "out"), names=["perplexity"], settings=settings)
+    base, other = (each["perplexity"] for each in found["evals"].values())
+    assert base["window"] == other["window"] == 32
+    assert base == pytest.approx(other, rel=1e-6)
+
+
+def test_a_mistake_late_in_a_comparison_leaves_what_was_found(folder, tmp_path, monkeypatch):
+    def fails(subject):
+        yield "one", 1
+        raise UserError("no data set")
+
+    monkeypatch.setitem(run.EVALS, "context", run.EVALS["context"]._replace(run=fails, check=None))
+    specs = [str(folder / name) for name in ("base", "dpo")]
+    with pytest.raises(UserError, match="no data set"):
+        compare(specs, str(tmp_path / "out"), questions=0, names=["baselines", "context"])
+    written = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert written["evals"]["base"]["baselines"]["bigram_bits_per_byte"] > 0
+    assert written["unfinished"] == {"base": ["context"], "dpo": ["context"]}
