@@ -115,12 +115,12 @@ def _losses(subject: Subject, work: Work, rows: Sequence[list[int]], scored: int
 def _tails(subject: Subject, longest: int) -> list[list[int]]:
     """The last tokens of documents that have as many, the domains taking turns."""
     settings, found, best = subject.settings, [], 0
-    readers = [iter(domain) for domain in domains(settings).values()]
+    readers = [(iter(domain), domain.joined) for domain in domains(settings).values()]
     wanted = min(settings.context_documents, settings.limit or settings.context_documents)
     with bar([], "reading documents", "document", wanted) as shown:
         while readers and len(found) < wanted:
             for reader in list(readers):
-                ids, size = _next_long(reader, subject.tokenizer, longest)
+                ids, size = _next_long(*reader, subject.tokenizer, longest)
                 best = max(best, size)
                 if ids is None:
                     readers.remove(reader)
@@ -135,11 +135,18 @@ def _tails(subject: Subject, longest: int) -> list[list[int]]:
     return found
 
 
-def _next_long(reader: Iterator[str], tokenizer, longest: int) -> tuple[list[int] | None, int]:
-    """The last tokens of the next document that is long enough, and the length of the longest that was seen."""
-    best = 0
+def _next_long(reader: Iterator[str], joined: bool, tokenizer, longest: int) -> tuple[list[int] | None, int]:
+    """The last tokens of the next document that is long enough, and the length of the longest that was seen.
+
+    Args:
+        reader: a domain's documents.
+        joined: documents that are too short are put together with the next ones, an empty line between them.
+    """
+    best, before = 0, []
     for text in reader:
         ids = tokenizer.encode(text)
+        if len(ids) < longest and joined:
+            ids = before = before + (tokenizer.encode("\n\n") if before else []) + ids
         best = max(best, len(ids))
         if len(ids) >= longest:
             return ids[-longest:], best

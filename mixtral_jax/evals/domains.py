@@ -45,6 +45,10 @@ class Domain:
         float
     ] = ()  # of a domain out of the standard library: hash_position of the file each comes from
 
+    joined: bool = (
+        False  # neighbours may be put together where a document is too short: those of the standard library's
+    )
+
     def __iter__(self) -> Iterator[str]:
         return (text for text in self.read() if text)
 
@@ -161,7 +165,7 @@ def _stdlib() -> list[Domain]:
 
 def _domain(name: str, kept: list[tuple[float | None, str]]) -> Domain:
     positions = [at for at, _ in kept if at is not None]
-    return Domain(name, lambda: (text for _, text in kept), positions)
+    return Domain(name, lambda: (text for _, text in kept), positions, joined=True)
 
 
 def _is_table(name: str, text: str) -> bool:

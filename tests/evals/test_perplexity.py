@@ -117,3 +117,11 @@ def test_batches_that_are_finished_are_not_scored_again(tmp_path):
     with jax.set_mesh(mesh), Work(tmp_path, "x", "key") as work:
         assert scorer(model, work=work) == want
     assert len(computed) == len(lines) - 3
+
+
+def test_packing_changes_nothing():
+    """One document a row, or as many as there is room for."""
+    model = mixtral.init(tiny(model__init_std=0.4).model, jax.random.key(0))
+    want = score(*on_mesh(tiny()), model)
+    got = score(*on_mesh(tiny(data__packing=False)), model)
+    assert got == pytest.approx(want, rel=1e-5)

@@ -310,3 +310,19 @@ def test_a_label_is_read_from_the_file_again_and_not_kept(tmp_path):
 def test_text_that_means_nothing_is_refused(text, words):
     with pytest.raises(UserError, match=words):
         domains(Settings(text=text))
+
+
+def test_the_standard_librarys_documents_are_joined_for_long_contexts(tmp_path):
+    """Of 20,000 bytes there are few; of others' files only whole documents count."""
+    who = subject(Settings(context_documents=12), model__max_seq_len=20_000)
+    found = context._tails(who, 20_000)
+    assert [len(ids) for ids in found] == [20_000] * 12
+    assert len({tuple(ids) for ids in found}) == 12
+    comments = list(domains(Settings())["comments"])
+    assert max(len(each.encode()) for each in comments) < 20_000
+    ends = [TOKENIZER.decode(ids)[-40:] for ids in found]
+    assert any(each.endswith(end) for end in ends for each in comments), "comments took part too"
+    for i, each in enumerate(("a" * 15_000, "b" * 15_000)):
+        (tmp_path / f"{i}.txt").write_text(each)
+    with pytest.raises(UserError, match="no document has 20000 tokens, the longest has 15000"):
+        context._tails(dataclasses.replace(who, settings=Settings(text=(f"a=text:{tmp_path}",))), 20_000)
