@@ -1,5 +1,6 @@
 """Held-out loss per token and bits per byte."""
 
+import functools
 import math
 
 import jax
@@ -11,14 +12,24 @@ from mixtral_jax.data import Batches, TokenFile, pack
 from mixtral_jax.distributed import rows_here, speaks
 from mixtral_jax.evals.work import Work
 from mixtral_jax.losses import token_losses
+from mixtral_jax.models import lora
 from mixtral_jax.sharding import everywhere, place
-from mixtral_jax.step import model_of
 
 NEIGHBOURS = 32  # that are summed in float32
 
 
+# Of the module, so that models of one shape are compiled once, and evaluations of one run too.
+@functools.partial(jax.jit, static_argnames=("adapted", "head_chunk"))
+def _sums(params, frozen, batch: dict, adapted: bool, head_chunk: int):
+    model = lora.attach(frozen, params) if adapted else params
+    x_BTD, _ = model.hidden(batch["tokens_BT"], batch["positions_BT"], batch["segment_ids_BT"])
+    nll_BT, _ = token_losses(x_BTD, model.head_DV[...], batch["targets_BT"], head_chunk)
+    weights_BT = batch["loss_weights_BT"]
+    return _partial_sums(nll_BT * weights_BT), _partial_sums(weights_BT)
+
+
 class Perplexity:
-    """Scores a split of documents with a model; compiled once, called as often as wanted."""
+    """Scores a split of documents with a model; called as often as wanted."""
 
     def __init__(self, config: Config, tokens: TokenFile):
         """Packs the split; rows and batch as in training, in the plan's own order."""
@@ -31,16 +42,7 @@ class Perplexity:
             self._targets = float(tokens.lengths.sum() - len(tokens.lengths))
         else:
             self._targets = float(tokens.weights.sum() - tokens.weights[tokens.offsets[:-1]].sum())
-        self._seq_len = train.seq_len
-
-        def sums(params, frozen, batch):
-            model = model_of(config, params, frozen)
-            x_BTD, _ = model.hidden(batch["tokens_BT"], batch["positions_BT"], batch["segment_ids_BT"])
-            nll_BT, _ = token_losses(x_BTD, model.head_DV[...], batch["targets_BT"], config.loss.head_chunk)
-            weights_BT = batch["loss_weights_BT"]
-            return _partial_sums(nll_BT * weights_BT), _partial_sums(weights_BT)
-
-        self._sums = jax.jit(sums)
+        self._sums = functools.partial(_sums, adapted=config.lora.rank > 0, head_chunk=config.loss.head_chunk)
 
     def __call__(self, params, limit: int | None = None, frozen=None, work: Work | None = None) -> dict[str, float]:
         """Evaluates on the current mesh (`jax.set_mesh`).

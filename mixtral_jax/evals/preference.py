@@ -1,5 +1,6 @@
 """How a model ranks held-out pairs: by likelihood, and by reward against a reference."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -14,10 +15,10 @@ from mixtral_jax.data import Batches, Corpus, TokenFile, pack_pairs
 from mixtral_jax.distributed import rows_here, speaks
 from mixtral_jax.evals.work import Work
 from mixtral_jax.frozen import has_reference
+from mixtral_jax.models import lora
 from mixtral_jax.preference import Answers, answers, pair_losses, pair_terms, stored_reference
 from mixtral_jax.reference import add_to, open_split
 from mixtral_jax.sharding import place
-from mixtral_jax.step import model_of
 
 Z95 = 1.959963984540054  # of the normal distribution, for 95%
 
@@ -133,8 +134,22 @@ def reward_ranking(
     }
 
 
+# Of the module, so that models of one shape are compiled once, and evaluations of one run too.
+@functools.partial(jax.jit, static_argnames=("compares", "adapted", "head_chunk", "dpo"))
+def _sums(params, frozen, batch: dict, compares: bool, adapted: bool, head_chunk: int, dpo: DpoConfig):
+    policy = answers(lora.attach(frozen, params) if adapted else params, batch, head_chunk)[0]
+    if not compares:
+        found = None
+    elif "reference_chosen_BP" in batch:
+        found = stored_reference(batch, policy)
+    else:
+        found = answers(frozen, batch, head_chunk)[0]
+    valid_BP = batch["pairs_BP"] > 0
+    return pair_terms(policy, found, valid_BP, 1.0, dpo) | {"pairs": valid_BP.sum()}
+
+
 class Preference:
-    """Scores a split of pairs with a policy; compiled once, called as often as wanted."""
+    """Scores a split of pairs with a policy; called as often as wanted."""
 
     def __init__(self, config: Config, pairs: TokenFile, reference: np.ndarray | None = None):
         """Packs the split.
@@ -150,20 +165,8 @@ class Preference:
         sizes = {"batch_size": rows, "seq_len": train.seq_len, "seed": 0, "shuffle": False}
         self._batches = Batches(pairs, plan, **sizes, pairs=plan.most_pairs)
         self._reference = reference
-        compares = has_reference(config)
-
-        def sums(params, frozen, batch):
-            policy = answers(model_of(config, params, frozen), batch, config.loss.head_chunk)[0]
-            if not compares:
-                found = None
-            elif "reference_chosen_BP" in batch:
-                found = stored_reference(batch, policy)
-            else:
-                found = answers(frozen, batch, config.loss.head_chunk)[0]
-            valid_BP = batch["pairs_BP"] > 0
-            return pair_terms(policy, found, valid_BP, 1.0, config.dpo) | {"pairs": valid_BP.sum()}
-
-        self._sums = jax.jit(sums)
+        given = dict(compares=has_reference(config), adapted=config.lora.rank > 0, head_chunk=config.loss.head_chunk)
+        self._sums = functools.partial(_sums, **given, dpo=config.dpo)
 
     def __call__(self, params, limit: int | None = None, frozen=None, work: Work | None = None) -> dict[str, float]:
         """Evaluates on the current mesh (`jax.set_mesh`).

@@ -4,6 +4,7 @@ A row holds one window of one document, so that what shares its batch changes no
 """
 
 import base64
+import functools
 import hashlib
 import itertools
 import zlib
@@ -11,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mixtral_jax import distributed
@@ -25,7 +25,7 @@ from mixtral_jax.evals.subject import Subject
 from mixtral_jax.evals.work import bar
 from mixtral_jax.generate.engine import round_up
 from mixtral_jax.models.routing import choices
-from mixtral_jax.sharding import place, replicated
+from mixtral_jax.sharding import everywhere, place
 
 TYPICAL_TOKENS, TYPICAL_MINIMUM = 12, 20  # tokens shown of an expert, and how often one must occur
 SNIPPET_TOKENS = 120
@@ -164,20 +164,20 @@ def _fingerprint(texts: Mapping[str, Text]) -> str:
     return digest.hexdigest()
 
 
+# Of the module, so that models of one shape are compiled once.
+@functools.partial(jax.jit, static_argnames="kind")
+def _index(model, batch: dict, kind: np.dtype):
+    found_L = choices(model, batch["tokens_BT"], batch["positions_BT"], batch["segment_ids_BT"])
+    return everywhere(found_L.index_BTK.astype(kind))
+
+
 class Runner:
     """Runs windows through the model, long ones first, and counts; finished batches come from the work instead."""
 
     def __init__(self, subject: Subject, layers: Sequence[int]):
         self._subject, self._layers = subject, np.asarray(layers)
         self._e = subject.config.model.num_experts
-        kind = jnp.uint8 if self._e < 256 else jnp.uint16  # E itself stands for padding
-
-        def index(model, batch):
-            found_L = choices(model, batch["tokens_BT"], batch["positions_BT"], batch["segment_ids_BT"])
-            return found_L.index_BTK.astype(kind)
-
-        self._kind = np.dtype(kind)
-        self._index = jax.jit(index, out_shardings=replicated(subject.mesh))
+        self._kind = np.dtype(np.uint8 if self._e < 256 else np.uint16)  # E itself stands for padding
 
     def __call__(self, name: str, text: Text, work) -> Iterator[tuple[list[int], dict, list[np.ndarray]]]:
         """Yields (numbers of windows, their counts, of each window its counted tokens' first choices [layers, n])."""
@@ -200,7 +200,7 @@ class Runner:
         start, stop = rows_here(mesh, rows)
         batch, counted_BT = _batch(windows, rows, width)
         here = {name: value[start:stop] for name, value in batch.items()}
-        index_LBTK = jax.device_get(self._index(self._subject.model, place(here, mesh, start, rows)))
+        index_LBTK = jax.device_get(_index(self._subject.model, place(here, mesh, start, rows), self._kind))
         counts = count(index_LBTK, counted_BT, self._e)
         first = index_LBTK[self._layers][:, counted_BT, 0]
         packed = base64.b64encode(zlib.compress(first.tobytes(), 6)).decode()

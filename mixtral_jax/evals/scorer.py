@@ -1,5 +1,6 @@
 """Log-probabilities of given continuations, in batches of like lengths, on any mesh."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from mixtral_jax.distributed import rows_here
 from mixtral_jax.generate.engine import round_up
 from mixtral_jax.losses import token_scores
 from mixtral_jax.models.mixtral import Mixtral
-from mixtral_jax.sharding import BATCH, place, replicated, unzigzag
+from mixtral_jax.sharding import BATCH, everywhere, place, unzigzag
 
 
 class Request(NamedTuple):
@@ -28,23 +29,23 @@ class Scored(NamedTuple):
     greedy: np.ndarray  # bool [n]: it is the likeliest token (of equals that of the lowest id)
 
 
+# Of the module, so that models of one shape are compiled once.
+@functools.partial(jax.jit, static_argnames=("context", "head_chunk"))
+def _scores(model, batch: dict, context: int, head_chunk: int):
+    x_BTD, _ = model.hidden(batch["tokens_BT"], batch["positions_BT"], batch["segment_ids_BT"])
+    log_prob_BT, greedy_BT = token_scores(x_BTD, model.head_DV[...], batch["targets_BT"], head_chunk)
+    if context > 1:
+        log_prob_BT, greedy_BT = unzigzag(log_prob_BT, context), unzigzag(greedy_BT, context)
+    return everywhere((log_prob_BT, greedy_BT))
+
+
 class Scorer:
     """Scores continuations; a row holds one request, so that what shares its batch changes nothing."""
 
     def __init__(self, config: Config, batch_tokens: int = 0):
         """Args: config: for the devices here; batch_tokens: of a batch over all devices, 0 for a training batch's."""
         self._model, self._batch_tokens = config.model, batch_tokens or config.train.batch_size * config.train.seq_len
-        chunk = config.loss.head_chunk
-
-        def scores(model, batch, context: int):
-            x_BTD, _ = model.hidden(batch["tokens_BT"], batch["positions_BT"], batch["segment_ids_BT"])
-            log_prob_BT, greedy_BT = token_scores(x_BTD, model.head_DV[...], batch["targets_BT"], chunk)
-            if context > 1:
-                log_prob_BT, greedy_BT = unzigzag(log_prob_BT, context), unzigzag(greedy_BT, context)
-            return log_prob_BT, greedy_BT
-
-        self._scores = {}
-        self._function = scores
+        self._chunk = config.loss.head_chunk
 
     def __call__(self, model: Mixtral, requests: Sequence[Request]) -> Iterator[tuple[int, Scored]]:
         """Scores all requests on the current mesh (`jax.set_mesh`).
@@ -66,7 +67,7 @@ class Scorer:
             start, stop = rows_here(mesh, rows)
             batch = _batch([requests[i] for i in picked], rows, width)
             here = {name: value[start:stop] for name, value in batch.items()}
-            found = self._compiled(mesh)(model, place(here, mesh, start, rows), mesh.shape["context"])
+            found = _scores(model, place(here, mesh, start, rows), mesh.shape["context"], self._chunk)
             log_prob_BT, greedy_BT = jax.device_get(found)
             for row, i in enumerate(picked):
                 first, count = len(requests[i].context) - 1, len(requests[i].continuation)
@@ -76,11 +77,6 @@ class Scorer:
         """Rows of a batch of this width: as many as have batch_tokens, a multiple of the shards, one each at least."""
         shards = int(np.prod([mesh.shape[axis] for axis in BATCH]))
         return max(self._batch_tokens // width // shards, 1) * shards
-
-    def _compiled(self, mesh):
-        if mesh not in self._scores:
-            self._scores[mesh] = jax.jit(self._function, static_argnums=2, out_shardings=replicated(mesh))
-        return self._scores[mesh]
 
     def _checked(self, number: int, request: Request) -> int:
         if not len(request.context) or not len(request.continuation):
