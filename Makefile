@@ -4,7 +4,7 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 # make demo STEPS=40 is the short form; SFT takes as many steps, DPO three quarters.
 STEPS ?= 400
 # Processes that share a suite's files. Nearly all of its time is compilation, which keeps one core busy. The slow part starts
-# processes of its own and stays alone.
+# processes of its own and parity has torch's threads: they stay alone.
 WORKERS ?= 2
 
 .PHONY: venv demo test test-all parity lint benchmark clean
@@ -52,7 +52,7 @@ test-all: .venv/installed-dev
 	.venv/bin/python -m pytest -m "slow and not gpu and not parity"
 
 parity: .venv-parity/installed
-	.venv-parity/bin/python -m pytest -n $(WORKERS) --dist loadfile -m parity
+	.venv-parity/bin/python -m pytest -m parity
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .
