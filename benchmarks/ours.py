@@ -31,7 +31,7 @@ def config_of(shape: dict) -> Config:
     """The configuration of a shape: float32, AdamW, the balance loss on, nothing recomputed."""
     c = shrink(base())
     c.model.update({name: shape[name] for name in MODEL})
-    c.model.update(max_seq_len=max(2 * shape["seq_len"], 1024), dtype="float32", remat="none", expert_block=256)
+    c.model.update(max_seq_len=max(2 * shape["seq_len"], 1024), dtype="float32", remat="none", expert_block=512)
     c.train.update(batch_size=shape["batch"], seq_len=shape["seq_len"], steps=100_000)
     c.loss.update(balance_weight=0.02, head_chunk=shape["seq_len"])
     c.optim.update(warmup_steps=10)

@@ -4,6 +4,7 @@ Each term of a micro-batch is already divided by the totals of the whole step, s
 simply added over micro-batches; nothing here is a mean of means.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -73,6 +74,63 @@ def token_losses(x_BTD, head_DV, targets_BT, chunk: int):
         check_vma=False,  # the scan starts from plain zeros; gradients are tested against one device
     )
     return sharded(x_BTD, head_DV, targets_BT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def summed_losses(x_BTD, head_DV, targets_BT, weights_BT, z_weight: float, chunk: int):
+    """The weighted sum of all tokens' losses, whose gradient is made with it: logits are computed once, not twice.
+
+        objective = sum(weight * (nll + z_weight * log_z^2)),   of which d/dlogits = weight ((1 + 2 z_weight log_z) p - target)
+
+    needs nothing from what comes after but a scalar, so the forward pass can multiply it into the gradients of x and of
+    the head while a chunk's logits are there. For one device: the head's gradient, float32 [D, V], waits for the layers'
+    backward pass, and it would be whole on every device of a mesh.
+
+    Args:
+        x_BTD, head_DV, targets_BT, chunk: see `token_losses`.
+        weights_BT: float32, of each token; no gradient flows to them.
+        z_weight: of the square of logsumexp(logits).
+
+    Returns:
+        objective; and without gradients the sums of weight * nll and of weight * log_z^2. float32 scalars.
+    """
+    nll_BT, log_z_BT = _local_losses(x_BTD, head_DV, targets_BT, chunk, over=None)
+    token_sum, z_sum = (weights_BT * nll_BT).sum(), (weights_BT * jnp.square(log_z_BT)).sum()
+    return token_sum + z_weight * z_sum, lax.stop_gradient((token_sum, z_sum))
+
+
+def _summed_forward(x_BTD, head_DV, targets_BT, weights_BT, z_weight: float, chunk: int):
+    dtype = x_BTD.dtype
+    head = head_DV.astype(dtype)
+
+    def one_chunk(d_head_DV, inputs):
+        x_BCD, targets_BC, weights_BC = inputs
+        logits_BCV = jnp.einsum("BCD,DV->BCV", x_BCD, head, preferred_element_type=jnp.float32)
+        log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+        nll_BC = log_z_BC - jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+        factor_BC = weights_BC * (1 + 2 * z_weight * log_z_BC)
+        hit_BCV = targets_BC[..., None] == jnp.arange(logits_BCV.shape[-1])[None, None, :]
+        d_logits_BCV = factor_BC[..., None] * jnp.exp(logits_BCV - log_z_BC[..., None])
+        d_logits_BCV = (d_logits_BCV - jnp.where(hit_BCV, weights_BC[..., None], 0)).astype(dtype)
+        dx_BCD = jnp.einsum("BCV,DV->BCD", d_logits_BCV, head, preferred_element_type=jnp.float32).astype(dtype)
+        d_head_DV += jnp.einsum("BCD,BCV->DV", x_BCD, d_logits_BCV, preferred_element_type=jnp.float32)
+        return d_head_DV, (dx_BCD, nll_BC, log_z_BC)
+
+    inputs = tuple(_chunks(a, chunk) for a in (x_BTD, targets_BT, weights_BT))
+    d_head_DV, outputs = lax.scan(one_chunk, jnp.zeros(head_DV.shape, jnp.float32), inputs)
+    b, t, _ = x_BTD.shape
+    dx_BTD, nll_BT, log_z_BT = (jnp.moveaxis(a, 0, 1).reshape(b, -1, *a.shape[3:])[:, :t] for a in outputs)
+    token_sum, z_sum = (weights_BT * nll_BT).sum(), (weights_BT * jnp.square(log_z_BT)).sum()
+    return (token_sum + z_weight * z_sum, (token_sum, z_sum)), (dx_BTD, d_head_DV.astype(head_DV.dtype))
+
+
+def _summed_backward(z_weight: float, chunk: int, saved, cotangents):
+    dx_BTD, d_head_DV = saved
+    scale = cotangents[0]
+    return (dx_BTD * scale).astype(dx_BTD.dtype), (d_head_DV * scale).astype(d_head_DV.dtype), None, None
+
+
+summed_losses.defvjp(_summed_forward, _summed_backward)
 
 
 def _local_losses(x_BTD, head_DV, targets_BT, chunk: int, over: str | None):
@@ -206,21 +264,34 @@ def pretrain_loss(model: Mixtral, batch: dict, totals: Totals, config: LossConfi
         loss, (terms, stats_L): terms are unweighted values by name; all of them add up over micro-batches.
     """
     x_BTD, stats_L = model.hidden(batch["tokens_BT"], batch["positions_BT"], batch["segment_ids_BT"])
-    nll_BT, log_z_BT = token_losses(x_BTD, model.head_DV[...], batch["targets_BT"], config.head_chunk)
-    weights_BT = batch["loss_weights_BT"]
+    head_DV, targets_BT = model.head_DV[...], batch["targets_BT"]
+    weights_BT = batch["loss_weights_BT"] / totals.weight
+    mesh = jax.sharding.get_abstract_mesh()
+    if (mesh.empty or mesh.size == 1) and not frozen_head(model):
+        found = summed_losses(x_BTD, head_DV, targets_BT, weights_BT, config.z_weight, config.head_chunk)
+        loss, (token_loss, z_loss) = found
+    else:
+        nll_BT, log_z_BT = token_losses(x_BTD, head_DV, targets_BT, config.head_chunk)
+        token_loss, z_loss = (nll_BT * weights_BT).sum(), (jnp.square(log_z_BT) * weights_BT).sum()
+        loss = token_loss + config.z_weight * z_loss
     terms = {
-        "token_loss": (nll_BT * weights_BT).sum() / totals.weight,
-        "z_loss": (jnp.square(log_z_BT) * weights_BT).sum() / totals.weight,
+        "token_loss": token_loss,
+        "z_loss": z_loss,
         **router_terms(stats_L, totals, model.config.experts_per_token, config),
     }
-    return add_up(terms["token_loss"], terms, config), (terms, jax.tree.map(lax.stop_gradient, stats_L))
+    return add_router(loss, terms, config), (terms, jax.tree.map(lax.stop_gradient, stats_L))
+
+
+def frozen_head(model: Mixtral) -> bool:
+    """Whether the head gets no gradient, because adapters learn in its place."""
+    return model.layers.lora is not None
 
 
 def add_up(loss, terms: dict, config: LossConfig):
     """Adds the weighted z-loss and router terms, the same in all stages, to a stage's own loss."""
-    return (
-        loss
-        + config.z_weight * terms["z_loss"]
-        + config.balance_weight * terms["balance_loss"]
-        + config.router_z_weight * terms["router_z_loss"]
-    )
+    return add_router(loss + config.z_weight * terms["z_loss"], terms, config)
+
+
+def add_router(loss, terms: dict, config: LossConfig):
+    """Adds the weighted router terms to a loss."""
+    return loss + config.balance_weight * terms["balance_loss"] + config.router_z_weight * terms["router_z_loss"]

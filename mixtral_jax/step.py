@@ -165,19 +165,17 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation, los
         if config.optim.offload:
             # Leaf by leaf, so that XLA can bring one while it updates another; out_shardings send them back.
             state = dataclasses.replace(state, opt_state=jax.device_put(state.opt_state, jax.memory.Space.Device))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        if config.loss.bias_update_rate:
-            params = _update_router_bias(params, stats_L, config.loss.bias_update_rate)
-
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         skipped = state.skipped + (~finite).astype(jnp.int32)
         # Once there are more than the run allows, nothing moves any more: the host learns of it a step late.
         halted = (skipped > limit) | (state.skipped > limit)
-        new = TrainState(state.step, params, opt_state, state.skipped)
-        # A select inside the optimizer's own elementwise loops: it costs no extra pass over the state.
-        new = jax.tree.map(lambda new, old: jnp.where(finite & ~halted, new, old), new, state)
-        new = dataclasses.replace(new, step=state.step + ~halted, skipped=skipped)
+        ok = finite & ~halted
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, ok=ok)
+        params = optax.apply_updates(state.params, updates)
+        if config.loss.bias_update_rate:
+            params = _update_router_bias(params, stats_L, config.loss.bias_update_rate)
+        params = jax.tree.map(lambda new, old: jnp.where(ok, new, old), params, state.params)
+        new = TrainState(state.step + ~halted, params, opt_state, skipped)
         assignments_L = jnp.maximum(stats_L.count_E.sum(-1), 1.0)
         return new, {
             "loss": loss,

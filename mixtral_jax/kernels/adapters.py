@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mixtral_jax.kernels.blocks import count_blocks, keep_grouped, matmul, padded, silu_and_slope
+from mixtral_jax.kernels.blocks import cut, keep_grouped, matmul, over_blocks, padded, put, silu_and_slope
 
 
 class ExpertAdapters(NamedTuple):
@@ -59,13 +59,13 @@ def grouped_swiglu_lora(x_MD, weights, adapters: ExpertAdapters, group_sizes_e, 
         adapters: of any float dtype. Their gradients are summed in float32 and have that dtype, so that float32 masters
             lose nothing to x's.
         group_sizes_e: rows of each expert, int32; the sum may be less than M.
-        block: rows of one block.
+        block: rows of the largest block.
         scale: alpha / rank.
 
     Returns:
         y_MD in x's dtype, zero after the last group.
     """
-    m, d = x_MD.shape
+    m = x_MD.shape[0]
     padded_MD = padded(x_MD, block)
     starts_e = jnp.cumsum(group_sizes_e) - group_sizes_e
 
@@ -73,16 +73,14 @@ def grouped_swiglu_lora(x_MD, weights, adapters: ExpertAdapters, group_sizes_e, 
         (w_gate_DF, w_up_DF, w_down_FD), factors, start, size = inputs
         factors = jax.tree.map(lambda a: a.astype(x_MD.dtype), factors)
 
-        def one_block(i, y_MD):
-            at = start + i * block
-            rows_bD = lax.dynamic_slice(padded_MD, (at, 0), (block, d))
+        def one_block(rows, first, y_MD):
+            rows_bD = cut(padded_MD, start + first, rows)
             gate_bF, up_bF, _, _ = _gate_and_up(rows_bD, w_gate_DF, w_up_DF, factors, scale)
             hidden_bF = (jax.nn.silu(gate_bF) * up_bF).astype(x_MD.dtype)
             delta_bD, _ = _low_rank(hidden_bF, factors.down_a_eFR, factors.down_b_eRD, scale)
-            out_bD = (matmul(hidden_bF, w_down_FD, (1, 0)) + delta_bD).astype(x_MD.dtype)
-            return lax.dynamic_update_slice(y_MD, out_bD, (at, 0))
+            return put(y_MD, matmul(hidden_bF, w_down_FD, (1, 0)) + delta_bD, start + first)
 
-        return lax.fori_loop(0, count_blocks(size, block), one_block, y_MD), None
+        return over_blocks(size, block, one_block, y_MD), None
 
     y_MD, _ = lax.scan(one_expert, jnp.zeros_like(padded_MD), (weights, adapters, starts_e, group_sizes_e))
     return keep_grouped(y_MD[:m], group_sizes_e)
@@ -112,7 +110,7 @@ def _block_backward(rows_bD, dy_bD, w_gate_DF, w_up_DF, w_down_FD, factors: Expe
 
 def _backward(block, scale, saved, dy_MD):
     x_MD, weights, adapters, group_sizes_e = saved
-    m, d = x_MD.shape
+    m = x_MD.shape[0]
     padded_MD, padded_dy_MD = padded(x_MD, block), padded(dy_MD, block)
     starts_e = jnp.cumsum(group_sizes_e) - group_sizes_e
 
@@ -120,20 +118,17 @@ def _backward(block, scale, saved, dy_MD):
         weights, masters, start, size = inputs
         factors = jax.tree.map(lambda a: a.astype(x_MD.dtype), masters)
 
-        def one_block(i, carry):
+        def one_block(rows, first, carry):
             dx_MD, grads = carry
-            at = start + i * block
-            rows_bD = lax.dynamic_slice(padded_MD, (at, 0), (block, d))
-            dy_bD = lax.dynamic_slice(padded_dy_MD, (at, 0), (block, d))
+            at = start + first
             # Rows past this expert's own belong to the next: their part of the factors' gradients must vanish.
-            mine_b = i * block + jnp.arange(block) < size
-            dy_bD = jnp.where(mine_b[:, None], dy_bD, 0)
-            dx_bD, more = _block_backward(rows_bD, dy_bD, *weights, factors, scale)
-            dx_MD = lax.dynamic_update_slice(dx_MD, dx_bD.astype(x_MD.dtype), (at, 0))
-            return dx_MD, jax.tree.map(jnp.add, grads, more)
+            mine_b = first + jnp.arange(rows) < size
+            dy_bD = jnp.where(mine_b[:, None], cut(padded_dy_MD, at, rows), 0)
+            dx_bD, more = _block_backward(cut(padded_MD, at, rows), dy_bD, *weights, factors, scale)
+            return put(dx_MD, dx_bD, at), jax.tree.map(jnp.add, grads, more)
 
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), masters)
-        dx_MD, grads = lax.fori_loop(0, count_blocks(size, block), one_block, (dx_MD, zeros))
+        dx_MD, grads = over_blocks(size, block, one_block, (dx_MD, zeros))
         return dx_MD, jax.tree.map(lambda grad, a: grad.astype(a.dtype), grads, masters)
 
     dx_MD, grads = lax.scan(one_expert, jnp.zeros_like(padded_MD), (weights, adapters, starts_e, group_sizes_e))

@@ -1,9 +1,13 @@
 """Block-sparse experts in plain JAX: each expert runs over blocks of its own rows, as many as it has.
 
-The loop count is dynamic, so an imbalanced router costs no more than a balanced one, and the F-wide values exist for one
-block at a time. Blocks need no padding between groups: the last block of an expert may reach into the next expert's
-rows, whose results are written later and win. The backward pass is written by hand: it recomputes gate and up rather
-than storing them (2 extra matmuls of 6, and no M x F buffer).
+The loop counts are dynamic, so an imbalanced router costs no more than a balanced one. After the blocks of full size come
+smaller ones, each at most once: less than SMALLEST rows of an expert are padding. (With blocks of 256 alone
+and 512 rows an expert, a quarter of the work was padding; with blocks of 64 alone the matmuls are slower.) Blocks need no
+padding between groups: the last block of an expert may reach into the next expert's rows, whose results are written later
+and win.
+
+The backward pass is written by hand. It finds gate and up stored (`keep`), or recomputes them: 2 extra matmuls of 9, and
+the F-wide values exist for one block at a time and never for M rows.
 """
 
 import functools
@@ -11,6 +15,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+SMALLEST = 32  # rows of the smallest block: matmuls of fewer run at less than half the rate
 
 
 def silu_and_slope(x):
@@ -31,9 +37,42 @@ def padded(x_MD, block: int):
     return jnp.pad(x_MD, ((0, block), (0, 0)))
 
 
-def count_blocks(size, block):
-    """Blocks that an expert of `size` rows needs."""
-    return (size + block - 1) // block
+def rungs(block: int) -> list[int]:
+    """Sizes of blocks from the largest: block times 1, 3/4, 1/2, 3/8, 1/4 and so on, in whole multiples of SMALLEST.
+
+    Any number of rows below `block` is covered by two of them or three: with halves alone it would be one more, and each
+    block adds to an expert's weight gradients, which takes as long as multiplying 60 rows.
+    """
+    sizes, half = [block], block
+    while half % (2 * SMALLEST) == 0:
+        half //= 2
+        sizes += [3 * half // 2] if 3 * half // 2 % SMALLEST == 0 else []
+        sizes.append(half)
+    return sizes
+
+
+def over_blocks(size, block: int, one_block, carry):
+    """Covers `size` rows, known at run time, with blocks: carry = one_block(rows, first, carry) for each.
+
+    Args:
+        size: int32 scalar.
+        block: rows of the largest block.
+        one_block: gets the block's static number of rows and the int32 place of its first one, of `size`. The last one
+            may reach beyond `size`, by less than the smallest rung.
+        carry: any pytree.
+    """
+    sizes = rungs(block)
+    left = (size + sizes[-1] - 1) // sizes[-1] * sizes[-1]
+    first = jnp.zeros_like(left)
+    for rows in sizes:
+        count = left // rows
+
+        def step(i, carry, rows=rows, first=first):
+            return one_block(rows, first + i * rows, carry)
+
+        carry = lax.fori_loop(0, count, step, carry)
+        first, left = first + count * rows, left - count * rows
+    return carry
 
 
 def keep_grouped(y_MD, group_sizes_e):
@@ -42,75 +81,98 @@ def keep_grouped(y_MD, group_sizes_e):
     return jnp.where(rows_M[:, None] < group_sizes_e.sum(), y_MD, 0)
 
 
-def expert_blocks(y_MD, padded_MD, weights, start, size, block: int):
-    """Runs one expert over the blocks of its own rows, `size` rows from `start`, and writes the results into y_MD."""
+def cut(x_MD, at, rows: int):
+    """`rows` rows from `at`."""
+    return lax.dynamic_slice(x_MD, (at, 0), (rows, x_MD.shape[1]))
+
+
+def put(x_MD, part_bD, at):
+    """x with part's rows from `at`, in x's dtype."""
+    return lax.dynamic_update_slice(x_MD, part_bD.astype(x_MD.dtype), (at, 0))
+
+
+def expert_blocks(y_MD, padded_MD, weights, start, size, block: int, kept=()):
+    """Runs one expert over the blocks of its own rows, `size` rows from `start`, and writes the results into y_MD.
+
+    `kept` is empty, or two arrays [M, F] that gate and up are written into. Returns y_MD and kept.
+    """
     w_gate_DF, w_up_DF, w_down_FD = weights
     dtype = padded_MD.dtype
 
-    def one_block(i, y_MD):
-        at = start + i * block
-        rows_bD = lax.dynamic_slice(padded_MD, (at, 0), (block, padded_MD.shape[1]))
+    def one_block(rows, first, carry):
+        y_MD, kept = carry
+        at = start + first
+        rows_bD = cut(padded_MD, at, rows)
         gate_bF = matmul(rows_bD, w_gate_DF, (1, 0))
         up_bF = matmul(rows_bD, w_up_DF, (1, 0))
         hidden_bF = (jax.nn.silu(gate_bF) * up_bF).astype(dtype)
-        out_bD = matmul(hidden_bF, w_down_FD, (1, 0)).astype(dtype)
-        return lax.dynamic_update_slice(y_MD, out_bD, (at, 0))
+        if kept:
+            kept = [put(all_MF, part_bF, at) for all_MF, part_bF in zip(kept, (gate_bF, up_bF), strict=True)]
+        return put(y_MD, matmul(hidden_bF, w_down_FD, (1, 0)), at), kept
 
-    return lax.fori_loop(0, count_blocks(size, block), one_block, y_MD)
+    return over_blocks(size, block, one_block, (y_MD, list(kept)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def grouped_swiglu(x_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e, block: int):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def grouped_swiglu(x_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e, block: int, keep: bool = False):
     """SwiGLU experts over grouped rows; see mixtral_jax.kernels for the signature.
 
     Args:
         x_MD: rows sorted by expert, float.
         w_gate_eDF, w_up_eDF, w_down_eFD: expert weights, in x's dtype.
         group_sizes_e: rows of each expert, int32; the sum may be less than M.
-        block: rows of one block. Work is wasted only in an expert's last block.
+        block: rows of the largest block. Work is wasted only in an expert's last block.
+        keep: store gate and up, [M, F] each in x's dtype, for the backward pass.
 
     Returns:
         y_MD in x's dtype, zero after the last group.
     """
-    m = x_MD.shape[0]
+    return _run(x_MD, (w_gate_eDF, w_up_eDF, w_down_eFD), group_sizes_e, block, keep=False)[0]
+
+
+def _run(x_MD, weights, group_sizes_e, block: int, keep: bool):
+    """The output, and the two kept arrays or none."""
     padded_MD = padded(x_MD, block)
     starts_e = jnp.cumsum(group_sizes_e) - group_sizes_e
+    wide = (padded_MD.shape[0], weights[0].shape[-1])
+    kept = [jnp.zeros(wide, x_MD.dtype) for _ in range(2)] if keep else []
 
-    def one_expert(y_MD, inputs):
+    def one_expert(carry, inputs):
         *weights, start, size = inputs
-        return expert_blocks(y_MD, padded_MD, weights, start, size, block), None
+        y_MD, kept = carry
+        return expert_blocks(y_MD, padded_MD, weights, start, size, block, kept), None
 
-    weights = (w_gate_eDF, w_up_eDF, w_down_eFD, starts_e, group_sizes_e)
-    y_MD, _ = lax.scan(one_expert, jnp.zeros_like(padded_MD), weights)
-    return keep_grouped(y_MD[:m], group_sizes_e)
-
-
-def _forward(x_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e, block):
-    y_MD = grouped_swiglu(x_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e, block)
-    return y_MD, (x_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e)
+    carry = (jnp.zeros_like(padded_MD), kept)
+    (y_MD, kept), _ = lax.scan(one_expert, carry, (*weights, starts_e, group_sizes_e))
+    return keep_grouped(y_MD[: x_MD.shape[0]], group_sizes_e), kept
 
 
-def _backward(block, saved, dy_MD):
-    x_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e = saved
-    m, d = x_MD.shape
-    dtype = x_MD.dtype
-    padded_MD = padded(x_MD, block)
-    padded_dy_MD = padded(dy_MD, block)
+def _forward(x_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e, block, keep):
+    weights = (w_gate_eDF, w_up_eDF, w_down_eFD)
+    y_MD, kept = _run(x_MD, weights, group_sizes_e, block, keep)
+    return y_MD, (x_MD, weights, group_sizes_e, kept)
+
+
+def _backward(block, keep, saved, dy_MD):
+    x_MD, weights, group_sizes_e, kept = saved
+    m, dtype = x_MD.shape[0], x_MD.dtype
+    padded_MD, padded_dy_MD = padded(x_MD, block), padded(dy_MD, block)
     starts_e = jnp.cumsum(group_sizes_e) - group_sizes_e
 
     def one_expert(dx_MD, inputs):
         w_gate_DF, w_up_DF, w_down_FD, start, size = inputs
 
-        def one_block(i, carry):
+        def one_block(rows, first, carry):
             dx_MD, d_gate_DF, d_up_DF, d_down_FD = carry
-            at = start + i * block
-            rows_bD = lax.dynamic_slice(padded_MD, (at, 0), (block, d))
-            dy_bD = lax.dynamic_slice(padded_dy_MD, (at, 0), (block, d))
+            at = start + first
+            rows_bD = cut(padded_MD, at, rows)
             # Rows past this expert's own belong to the next: their part of the weight gradients must vanish.
-            mine_b = i * block + jnp.arange(block) < size
-            dy_bD = jnp.where(mine_b[:, None], dy_bD, 0)
-            gate_bF = matmul(rows_bD, w_gate_DF, (1, 0))
-            up_bF = matmul(rows_bD, w_up_DF, (1, 0))
+            mine_b = first + jnp.arange(rows) < size
+            dy_bD = jnp.where(mine_b[:, None], cut(padded_dy_MD, at, rows), 0)
+            if keep:
+                gate_bF, up_bF = (cut(all_MF, at, rows).astype(jnp.float32) for all_MF in kept)
+            else:
+                gate_bF, up_bF = (matmul(rows_bD, w_DF, (1, 0)) for w_DF in (w_gate_DF, w_up_DF))
             silu_bF, slope_bF = silu_and_slope(gate_bF)
             dh_bF = matmul(dy_bD, w_down_FD, (1, 1))
             hidden_bF = (silu_bF * up_bF).astype(dtype)
@@ -118,18 +180,17 @@ def _backward(block, saved, dy_MD):
             du_bF = (dh_bF * silu_bF).astype(dtype)
             dx_bD = matmul(dg_bF, w_gate_DF, (1, 1)) + matmul(du_bF, w_up_DF, (1, 1))
             return (
-                lax.dynamic_update_slice(dx_MD, dx_bD.astype(dtype), (at, 0)),
+                put(dx_MD, dx_bD, at),
                 d_gate_DF + matmul(rows_bD, dg_bF, (0, 0)),
                 d_up_DF + matmul(rows_bD, du_bF, (0, 0)),
                 d_down_FD + matmul(hidden_bF, dy_bD, (0, 0)),
             )
 
         zeros = [jnp.zeros(w.shape, jnp.float32) for w in (w_gate_DF, w_up_DF, w_down_FD)]
-        dx_MD, *grads = lax.fori_loop(0, count_blocks(size, block), one_block, (dx_MD, *zeros))
+        dx_MD, *grads = over_blocks(size, block, one_block, (dx_MD, *zeros))
         return dx_MD, [grad.astype(dtype) for grad in grads]
 
-    weights = (w_gate_eDF, w_up_eDF, w_down_eFD, starts_e, group_sizes_e)
-    dx_MD, grads = lax.scan(one_expert, jnp.zeros_like(padded_MD), weights)
+    dx_MD, grads = lax.scan(one_expert, jnp.zeros_like(padded_MD), (*weights, starts_e, group_sizes_e))
     return (keep_grouped(dx_MD[:m], group_sizes_e), *grads, None)
 
 

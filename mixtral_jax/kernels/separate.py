@@ -69,5 +69,5 @@ def grouped_swiglu(x_MD, weights_e, group_sizes_e, block: int):
     starts_e = jnp.cumsum(group_sizes_e) - group_sizes_e
     y_MD = jnp.zeros_like(rows_MD)
     for e, weights in enumerate(weights_e):
-        y_MD = expert_blocks(y_MD, rows_MD, weights, starts_e[e], group_sizes_e[e], block)
+        y_MD, _ = expert_blocks(y_MD, rows_MD, weights, starts_e[e], group_sizes_e[e], block)
     return keep_grouped(y_MD[: x_MD.shape[0]], group_sizes_e)

@@ -1,5 +1,7 @@
 """Small layers: the embedding, RMSNorm, rotary embedding, and the initialiser that every weight uses."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -52,6 +54,7 @@ def _rows_backward(saved, d_BTD):
 _rows.defvjp(lambda table_VD, tokens_BT: (table_VD[tokens_BT], (table_VD, tokens_BT)), _rows_backward)
 
 
+@functools.partial(jax.checkpoint, static_argnums=2)
 def rms_norm(x_BTD, scale_D, eps: float):
     """RMSNorm (arXiv 1910.07467): x / sqrt(mean(x^2) + eps) * scale, statistics in float32, result in x's dtype."""
     x32_BTD = x_BTD.astype(jnp.float32)

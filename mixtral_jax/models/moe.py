@@ -3,6 +3,7 @@
 Everything after routing happens inside one shard_map; dispatch.py says how tokens reach experts on other devices.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -115,6 +116,7 @@ def local_experts(
     config: ModelConfig,
     adapters: ExpertAdapters | None = None,
     scale: float = 1.0,
+    exact: bool = True,
 ):
     """Permute, experts, unpermute on the experts that are here.
 
@@ -127,21 +129,31 @@ def local_experts(
         adapters: of these experts, any float dtype. With them the weights get no gradient, and the kernel is that of
             kernels/adapters.py, whatever config.expert_backend says.
         scale: of the adapters' products.
+        exact: the assignments are to experts that are here, all of them; see `_multiply`.
 
     Returns:
         out_BTD (the part of these experts), computed: number of assignments that were computed, int32.
     """
     weights = (w_gate_eDF, w_up_eDF, w_down_eFD)
-    multiply = _multiply(weights, x_BTD.shape[0] * x_BTD.shape[1], config, adapters, scale)
+    multiply = _multiply(weights, x_BTD.shape[0] * x_BTD.shape[1], config, adapters, scale, exact)
     return _sorted_experts(x_BTD, gates_BTK, index_BTK, w_gate_eDF.shape[0], multiply)
 
 
-def _multiply(weights, tokens: int, config: ModelConfig, adapters: ExpertAdapters | None, scale: float) -> Callable:
-    """The kernel as a function of grouped rows; no expert has more rows than `tokens`."""
+def _multiply(
+    weights, tokens: int, config: ModelConfig, adapters: ExpertAdapters | None, scale: float, exact: bool
+) -> Callable:
+    """The kernel as a function of grouped rows; no expert has more rows than `tokens`.
+
+    `exact` says that there are no more rows than assignments. A buffer for the worst case has several times as many, too
+    many for keeping F-wide values of all of them.
+    """
     block = min(config.expert_block, tokens)  # a larger block would only multiply padding (when decoding)
     if adapters is not None:
         return lambda rows_MD, sizes_e: grouped_swiglu_lora(rows_MD, weights, adapters, sizes_e, block, scale)
-    grouped_swiglu = BACKENDS[backends.resolve(config).expert_backend]
+    backend = backends.resolve(config).expert_backend
+    grouped_swiglu = BACKENDS[backend]
+    if backend == "blocks" and exact and config.remat == "none":
+        grouped_swiglu = functools.partial(grouped_swiglu, keep=True)
     return lambda rows_MD, group_sizes_e: grouped_swiglu(rows_MD, *weights, group_sizes_e, block)
 
 
@@ -175,7 +187,7 @@ def ring_experts(x_bTD, gates_bTK, index_bTK, *weights, config: ModelConfig, ada
     e = weights[0].shape[0]
     index_BTK = index_BTK - lax.axis_index(dispatch.AXIS) * e
     index_BTK = jnp.where((index_BTK >= 0) & (index_BTK < e), index_BTK, e)
-    out_BTD, computed = local_experts(x_BTD, gates_BTK, index_BTK, *weights, config, adapters, scale)
+    out_BTD, computed = local_experts(x_BTD, gates_BTK, index_BTK, *weights, config, adapters, scale, exact=False)
     return lax.psum_scatter(out_BTD, dispatch.AXIS, scatter_dimension=0, tiled=True), computed
 
 
@@ -188,7 +200,7 @@ def ragged_experts(x_bTD, gates_bTK, index_bTK, *weights, config: ModelConfig, a
     shards, e = lax.axis_size(dispatch.AXIS), weights[0].shape[0]
     tokens, k = x_bTD.shape[0] * x_bTD.shape[1], gates_bTK.shape[-1]
     capacity = dispatch.buffer_rows(tokens, k, shards, e, config.buffer_factor, config.expert_block)
-    multiply = _multiply(weights, shards * tokens, config, adapters, scale)
+    multiply = _multiply(weights, shards * tokens, config, adapters, scale, exact=False)
 
     def run(rows_MD, group_sizes_E):
         return dispatch.ragged(rows_MD, group_sizes_E, capacity, multiply)
