@@ -9,6 +9,11 @@ Prints tables; writes results.json, report.md and report.html (one file, no netw
 goes on where an interrupted one was. See docs/evaluation.md.
 """
 
+from mixtral_jax import host_memory
+
+if __name__ == "__main__":  # before jax is imported, for that takes long and would be done twice
+    host_memory.restart_with_huge_pages()
+
 import dataclasses
 
 from absl import flags

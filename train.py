@@ -7,6 +7,11 @@ A workdir holds checkpoints/, config.json, tokenizer/, metrics.jsonl, tensorboar
 resumes it; Ctrl-C and SIGTERM save first.
 """
 
+from mixtral_jax import host_memory
+
+if __name__ == "__main__":  # before jax is imported, for that takes long and would be done twice
+    host_memory.restart_with_huge_pages()
+
 from absl import flags
 
 from mixtral_jax import cli

@@ -12,7 +12,7 @@ from mixtral_jax.models.mixtral import Block
 from mixtral_jax.optim import make_optimizer
 from mixtral_jax.sharding import make_mesh, place, replicated
 from mixtral_jax.stages import STAGES
-from mixtral_jax.step import init_state, make_train_step
+from mixtral_jax.step import CompiledFirst, init_state, make_train_step
 
 MODEL = (
     "vocab_size",
@@ -45,11 +45,12 @@ def train(_: str, shape: dict) -> Run:
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     optimizer = make_optimizer(config.optim, config.train.steps)
     state, shardings = init_state(config, optimizer, mesh)
-    step = jax.jit(
+    jitted = jax.jit(
         make_train_step(config, optimizer, STAGES["pretrain"].loss),
         donate_argnums=0,
         out_shardings=(shardings, replicated(mesh)),
     )
+    step = CompiledFirst(jitted)
     ids = tokens(shape, shape["batch"], shape["seq_len"] + 1)
     b, t = ids.shape[0], ids.shape[1] - 1
     host = {

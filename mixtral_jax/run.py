@@ -23,7 +23,7 @@ from mixtral_jax.reference import WithReference, open_reference
 from mixtral_jax.resume import find_state, identity
 from mixtral_jax.sharding import make_mesh, replicated
 from mixtral_jax.stages import STAGES
-from mixtral_jax.step import TrainState, make_train_step, model_of
+from mixtral_jax.step import CompiledFirst, TrainState, make_train_step, model_of
 from mixtral_jax.timing import Breakdown, Goodput
 from mixtral_jax.workdir import store_run
 from mixtral_jax.writers import MetricsWriter, require_wandb
@@ -141,10 +141,12 @@ def start(config: Config, workdir: Path, make_heldout: Callable, public: str | P
     found = find_state(config, optimizer, mesh, checkpoints, mine, tokenizer, notes.append)
     if distributed.speaks():
         store(workdir, config, tokenizer)
-    step_fn = jax.jit(
-        make_train_step(config, optimizer, stage.loss),
-        donate_argnums=0,
-        out_shardings=(found.shardings, replicated(mesh)),
+    step_fn = CompiledFirst(
+        jax.jit(
+            make_train_step(config, optimizer, stage.loss),
+            donate_argnums=0,
+            out_shardings=(found.shardings, replicated(mesh)),
+        )
     )
     progress, peak = _announce(config, mesh, tokenizer, corpus, found, notes)
     frozen_weights, frozen_meta, reference = _frozen(config, mesh, found, corpus, progress.note)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mixtral_jax import host_memory
 from mixtral_jax.config import Config, UserError
 from mixtral_jax.losses import Totals
 from mixtral_jax.models import lora, mixtral
@@ -136,13 +137,30 @@ def _without_router(grads):
     return jax.tree_util.tree_map_with_path(keep, grads)
 
 
+class CompiledFirst:
+    """A jitted function that is always called with the same shapes, compiled by itself before it runs for the first time.
+
+    What compiling took of the host's memory, hundreds of MB, is given back before the first step takes its own.
+    """
+
+    def __init__(self, jitted: Callable):
+        self._jitted, self._compiled = jitted, None
+
+    def __call__(self, *arguments):
+        if self._compiled is None:
+            self._compiled = self._jitted.lower(*arguments).compile()
+            host_memory.give_back()
+        return self._compiled(*arguments)
+
+
 def make_train_step(config: Config, optimizer: optax.GradientTransformation, loss_fn: Callable) -> Callable:
     """Builds the pure function (state, batch, frozen) -> (state, metrics), to be jitted with the state donated.
 
     The metrics are float32 device arrays: scalars, and per layer load_LE, entropy_L, dropped_L.
 
     Args:
-        config, optimizer: of the run.
+        config: of the run.
+        optimizer: of optim.make_optimizer, whose `update` takes `ok`.
         loss_fn: of the stage, see stages.Stage.
 
     `frozen` are weights that do not move: LoRA's base, which is DPO's reference too, or the weights that a full DPO

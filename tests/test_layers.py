@@ -23,6 +23,7 @@ LAYERS = [
         "timing",
         "profile",
         "memory",
+        "host_memory",
         "saving",
         "compilation_cache",
         "interrupt",

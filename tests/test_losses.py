@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.losses import Totals, load_balance, pretrain_loss, token_losses
+from mixtral_jax.losses import Totals, load_balance, pretrain_loss, summed_losses, token_losses
 from mixtral_jax.models import mixtral, moe
 from mixtral_jax.models.moe import RouterStats
 from tests.helpers import random_batch, tiny
@@ -46,12 +46,41 @@ def test_chunked_token_losses_equal_the_full_softmax(chunk):
         np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
-def test_the_full_logits_are_never_held():
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("chunk", "z_weight"), [(3, 0.0), (5, 0.1), (512, 0.1)])
+def test_the_summed_loss_and_its_ready_gradient_equal_the_tokens(chunk, z_weight, dtype):
+    """Whatever comes after scales it: here a factor of 3. Some tokens weigh nothing."""
+    rng = np.random.default_rng(0)
+    x, head = jnp.asarray(rng.standard_normal((B, T, D)), dtype), jnp.asarray(rng.standard_normal((D, V)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, V, (B, T)))
+    weights = jnp.asarray(rng.random((B, T)) * (rng.random((B, T)) > 0.3), jnp.float32)
+
+    def by_token(x, head):
+        nll, log_z = token_losses(x, head, targets, chunk)
+        sums = (weights * nll).sum(), (weights * log_z**2).sum()
+        return 3 * (sums[0] + z_weight * sums[1]), sums
+
+    def summed(x, head):
+        objective, sums = summed_losses(x, head, targets, weights, z_weight, chunk)
+        return 3 * objective, sums
+
+    want = jax.value_and_grad(by_token, argnums=(0, 1), has_aux=True)(x, head)
+    got = jax.value_and_grad(summed, argnums=(0, 1), has_aux=True)(x, head)
+    assert got[1][0].dtype == dtype
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    for a, b in zip(jax.tree.leaves((got, summed(x, head))), jax.tree.leaves((want, want[0])), strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=tolerance * np.abs(b).max())
+
+
+@pytest.mark.parametrize("summed", [False, True])
+def test_the_full_logits_are_never_held(summed):
     """No array of the compiled forward and backward has B * T * V elements."""
     b, t, d, v, chunk = 2, 64, 8, 1000, 16
     x, head, targets = jnp.zeros((b, t, d)), jnp.zeros((d, v)), jnp.zeros((b, t), jnp.int32)
 
     def loss(x, head):
+        if summed:
+            return summed_losses(x, head, targets, jnp.ones((b, t)), 0.1, chunk)[0]
         return token_losses(x, head, targets, chunk)[0].sum()
 
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, head).compile()

@@ -1,5 +1,7 @@
 """One step with a loss of known value and gradient: the clip, the guard and the metrics by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 from mixtral_jax.models import mixtral
 from mixtral_jax.models.moe import RouterStats
+from mixtral_jax.optim import make_optimizer
 from mixtral_jax.sharding import named_leaves
 from mixtral_jax.step import TrainState, make_train_step
 from tests.helpers import random_batch, tiny
@@ -35,12 +38,18 @@ def known_loss(params, batch, totals, config, frozen):
     return with_slope(batch["value"], params, batch["slope"]), ({"a_term": 7 * totals.tokens}, stats_L)
 
 
-def one_step(value=3.0, slope=0.5, step=0, skipped=0, **overrides):
-    """Returns the new state and the metrics of a step of plain gradient descent from zeros, and the number of parameters."""
+def one_step(value=3.0, slope=0.5, step=0, skipped=0, optimizer=None, **overrides):
+    """Returns the new state and the metrics of a step from zeros, and the number of parameters.
+
+    The optimizer is plain gradient descent, or the trainer's of this name.
+    """
     config = tiny(train__steps=20, **overrides)
     like = mixtral.abstract(config.model)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), like)
-    optimizer = optax.sgd(1.0, momentum=0.5)
+    if optimizer is None:
+        optimizer = optax.sgd(1.0)
+    else:
+        optimizer = make_optimizer(dataclasses.replace(config.optim, name=optimizer), 20)
     state = TrainState(np.int32(step), params, optimizer.init(params), np.int32(skipped))
     batch = random_batch(config) | {"value": np.float32(value), "slope": np.float32(slope)}
     new, metrics = jax.device_get(jax.jit(make_train_step(config, optimizer, known_loss))(state, batch))
@@ -58,10 +67,21 @@ def test_the_gradient_is_clipped_and_its_norm_is_the_unclipped_one(slope, clip):
         np.testing.assert_allclose(leaf, want, rtol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize(("value", "slope"), [(np.nan, 0.5), (np.inf, 0.5), (3.0, np.nan), (3.0, np.inf), (3.0, 1e30)])
-def test_a_loss_or_a_gradient_that_is_not_finite_changes_nothing(value, slope):
+@pytest.mark.parametrize(
+    ("value", "slope", "optimizer"),
+    [
+        (np.nan, 0.5, "adamw"),
+        (np.inf, 0.5, "adamw"),
+        (3.0, np.nan, "adamw"),
+        (3.0, np.inf, "adamw"),
+        (3.0, 1e30, "adamw"),
+        (3.0, np.nan, "muon"),
+        (3.0, np.nan, "adafactor"),
+    ],
+)
+def test_a_loss_or_a_gradient_that_is_not_finite_changes_nothing(value, slope, optimizer):
     """Each alone is enough; gradients of 1e30 are finite themselves and their norm is not."""
-    state, metrics, _ = one_step(value, slope)
+    state, metrics, _ = one_step(value, slope, optimizer=optimizer)
     assert metrics["halted"]
     assert state.skipped == 1
     assert state.step == 0

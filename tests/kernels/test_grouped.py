@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.config import UserError
-from mixtral_jax.kernels import BACKENDS, chunks
+from mixtral_jax.kernels import BACKENDS, blocks, chunks
 
 M, D, F, E = 50, 16, 24, 4
 GROUPS = {
@@ -53,6 +53,49 @@ def assert_same(got, want):
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS.keys())
 def test_blocks_equal_dense(groups, block):
     assert_same(run("blocks", groups, block), run("dense", groups, block))
+
+
+@functools.cache
+def kept(block, keep):
+    @jax.jit
+    def both(x, w_gate, w_up, w_down, dy, sizes):
+        layer = functools.partial(blocks.grouped_swiglu, block=block, keep=keep)
+        y, pull = jax.vjp(lambda *a: layer(*a, sizes), x, w_gate, w_up, w_down)
+        return [y, *pull(dy)]
+
+    return both
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("sizes", [(353, 0, 90, 569), (1, 255, 257, 511), (1024, 0, 0, 0), (0, 31, 0, 700)])
+def test_blocks_of_all_sizes_equal_dense(sizes, keep):
+    """Blocks of 256 down to 32 rows; gate and up recomputed, or kept."""
+    rng = np.random.default_rng(0)
+    shapes = [(1024, D), (E, D, F), (E, D, F), (E, F, D), (1024, D)]
+    arrays = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+    groups = jnp.asarray(sizes, jnp.int32)
+    assert_same(kept(256, keep)(*arrays, groups), program("dense", 0)(*arrays, groups))
+
+
+@pytest.mark.parametrize("block", [512, 256, 64, 96, 8, 7, 1])
+def test_blocks_cover_all_rows_and_less_than_one_smallest_block_more(block):
+    """Each row once, in order, whatever the number of rows."""
+    rungs = blocks.rungs(block)
+    assert rungs[0] == block
+    assert all(rows % rungs[-1] == 0 for rows in rungs)
+
+    @jax.jit
+    def covered(size):
+        def one_block(rows, first, carry):
+            in_order, end = carry
+            return in_order & (first == end), first + rows
+
+        return blocks.over_blocks(size, block, one_block, (True, 0))
+
+    for size in (0, 1, 5, 31, 32, 33, 353, 511, 512, 513, 1100):
+        in_order, end = covered(jnp.int32(size))
+        assert in_order
+        assert size <= end < size + rungs[-1]
 
 
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS.keys())
