@@ -9,19 +9,14 @@ import jax
 from mixtral_jax import load, lora_base
 from mixtral_jax.config import Config, UserError
 from mixtral_jax.models import lora, mixtral
-from mixtral_jax.preference import REFERENCE_FREE
+from mixtral_jax.preference import runs_reference
 from mixtral_jax.resolve import resolve_checkpoint
 from mixtral_jax.sharding import tree_shardings
 
 
-def has_reference(config: Config) -> bool:
-    """Whether the stage compares with a reference."""
-    return config.train.stage == "dpo" and config.dpo.loss not in REFERENCE_FREE
-
-
 def stays(config: Config) -> bool:
     """Whether the frozen weights are needed in every step, and not only once."""
-    return bool(config.lora.rank) or (has_reference(config) and config.dpo.reference == "on_the_fly")
+    return bool(config.lora.rank) or runs_reference(config)
 
 
 def abstract(config: Config, mesh) -> mixtral.Mixtral:

@@ -18,6 +18,7 @@ from mixtral_jax.data import Corpus, load_tokenizer
 from mixtral_jax.jsonl import first_start
 from mixtral_jax.models import mixtral
 from mixtral_jax.optim import make_optimizer
+from mixtral_jax.preference import has_reference
 from mixtral_jax.progress import Progress, Throughput
 from mixtral_jax.reference import WithReference, open_reference
 from mixtral_jax.resume import find_state, identity
@@ -223,7 +224,7 @@ def _frozen(config: Config, mesh, found, corpus: Corpus, note: Callable):
     Raises:
         UserError: train.init_from holds other weights than those the run began with.
     """
-    if not config.lora.rank and not frozen.has_reference(config):
+    if not config.lora.rank and not has_reference(config):
         return None, None, None
     meta, kept = found.meta.get("frozen"), []
 
@@ -237,7 +238,7 @@ def _frozen(config: Config, mesh, found, corpus: Corpus, note: Callable):
         stays = weights() if frozen.stays(config) or meta is None else None
         meta = meta or lora_base.record(config, stays)
         reference = None
-        if frozen.has_reference(config) and config.dpo.reference == "precomputed":
+        if has_reference(config) and config.dpo.reference == "precomputed":
             reference = open_reference(config, corpus, meta["fingerprints"], weights, mesh, note)
     return (stays if frozen.stays(config) else None), meta, reference
 

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 from mixtral_jax.config import DpoConfig
+from mixtral_jax.frozen import stays
 from mixtral_jax.losses import Totals
 from mixtral_jax.models import lora, mixtral
+from mixtral_jax.optim import make_optimizer
 from mixtral_jax.preference import Answers, answers, dpo_loss, log_ratio, pair_losses, pair_terms
 from mixtral_jax.reference import add_to
 from mixtral_jax.sharding import place
-from mixtral_jax.step import model_of
-from tests.helpers import assert_trees_close, on_mesh, relative_errors, shard, train
+from mixtral_jax.step import init_state, make_train_step, model_of
+from tests.helpers import assert_trees_close, equations, on_mesh, relative_errors, shard, train
 from tests.pairs import batches, dpo, random_pairs, swapped
 
 LOSSES = ("sigmoid", "robust", "ipo", "hinge", "sigmoid_norm", "simpo", "apo_zero")
@@ -241,6 +243,28 @@ def test_no_gradient_goes_through_the_reference(file):
 
     grads = jax.jit(jax.grad(loss))(reference)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("rank", [2, 0], ids=["lora", "all_weights"])
+@pytest.mark.parametrize("where", ["precomputed", "on_the_fly"])
+def test_a_stored_reference_is_read_and_not_run_again(file, rank, where):
+    """Of the whole train step: how often a model looks its tokens up, and whether the stored answers count."""
+    config = dpo(dpo__beta=BETA, dpo__reference=where, lora__rank=rank)
+    base = lora.freeze(params_of(config))
+    batch = with_reference(config, base, fields(batches(config, file).eval_batch(0)))
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    state, _ = init_state(config, optimizer, on_mesh(config)[1])
+    still = base if stays(config) else None
+    assert (still is None) == (where == "precomputed" and rank == 0)
+    step = make_train_step(config, optimizer, dpo_loss)
+    found = equations(jax.make_jaxpr(step)(state, batch, still).jaxpr)
+    table = (config.model.vocab_size, config.model.d_model)
+    forwards = [e for e in found if e.primitive.name == "gather" and e.invars[0].aval.shape == table]
+    assert len(forwards) == (1 if where == "precomputed" else 2)
+
+    other = batch | {"reference_chosen_BP": batch["reference_chosen_BP"] - 1}
+    here, there = (jax.jit(step)(state, each, still)[1]["rewards/chosen"] for each in (batch, other))
+    assert there - here == pytest.approx(BETA if where == "precomputed" else 0, rel=1e-5)
 
 
 def test_an_empty_batch_of_pairs_costs_nothing():

@@ -14,9 +14,8 @@ from mixtral_jax.config import Config, DpoConfig, UserError
 from mixtral_jax.data import Batches, Corpus, TokenFile, pack_pairs
 from mixtral_jax.distributed import rows_here, speaks
 from mixtral_jax.evals.work import Work
-from mixtral_jax.frozen import has_reference
 from mixtral_jax.models import lora
-from mixtral_jax.preference import Answers, answers, pair_losses, pair_terms, stored_reference
+from mixtral_jax.preference import Answers, answers, has_reference, pair_losses, pair_terms, stored_reference
 from mixtral_jax.reference import add_to, open_split
 from mixtral_jax.sharding import place
 
