@@ -43,6 +43,30 @@ def weights(config: Config, mesh) -> mixtral.Mixtral:
     return build(jax.random.key(config.train.seed))
 
 
+def check_source(config: Config, noted: dict | None) -> None:
+    """Refuses a resume that forgets train.init_from, or brings one; `check` compares the weights, once they are loaded.
+
+    Args:
+        config: of the run.
+        noted: what its checkpoint notes of the frozen weights; None: nothing, it is a new run.
+
+    Raises:
+        UserError: naming both.
+    """
+    source = config.train.init_from
+    if noted is None or bool(source) == bool(noted["source"]):
+        return
+    if noted["source"]:
+        raise UserError(
+            f"train.init_from is empty, and this run began with {noted['source']!r}; give "
+            f"--config.train.init_from={noted['source']} again"
+        )
+    raise UserError(
+        f"train.init_from={source!r}, and this run began with random weights of train.seed; leave train.init_from empty, or "
+        "begin in another workdir"
+    )
+
+
 def check(config: Config, noted: dict | None, now: dict) -> None:
     """Compares the frozen weights with those that a checkpoint was trained on; both as lora_base.record describes them.
 

@@ -140,8 +140,6 @@ def start(config: Config, workdir: Path, make_heldout: Callable, public: str | P
     mine = identity(config, tokenizer, corpus)
     distributed.same(mine, "give all the same text, configuration and Python")
     found = find_state(config, optimizer, mesh, checkpoints, mine, tokenizer, notes.append)
-    if distributed.speaks():
-        store(workdir, config, tokenizer)
     step_fn = jax.jit(
         make_train_step(config, optimizer, stage.loss),
         donate_argnums=0,
@@ -150,6 +148,8 @@ def start(config: Config, workdir: Path, make_heldout: Callable, public: str | P
     progress, peak = _announce(config, mesh, tokenizer, corpus, found, notes)
     frozen_weights, frozen_meta, reference = _frozen(config, mesh, found, corpus, progress.note)
     batches = stage.batches(config, corpus, tokenizer)
+    if distributed.speaks():
+        store(workdir, config, tokenizer)  # now that nothing of it was refused: who reads the weights reads this
     resume_step = -1 if found.step is None else found.step
     writer = None
     if distributed.speaks():
@@ -222,11 +222,12 @@ def _frozen(config: Config, mesh, found, corpus: Corpus, note: Callable):
     """Prepares what does not move: (weights that every step needs, what checkpoints note of them, Reference), or Nones.
 
     Raises:
-        UserError: train.init_from holds other weights than those the run began with.
+        UserError: train.init_from is empty, or holds other weights than those the run began with.
     """
     if not config.lora.rank and not has_reference(config):
         return None, None, None
     meta, kept = found.meta.get("frozen"), []
+    frozen.check_source(config, meta)
 
     def weights():
         if not kept:
