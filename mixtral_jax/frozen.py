@@ -4,6 +4,8 @@ They come from where the run's weights came from (train.init_from, or train.seed
 fingerprints: a resume that would go on with other ones is refused.
 """
 
+import dataclasses
+
 import jax
 
 from mixtral_jax import load, lora_base
@@ -22,9 +24,13 @@ def stays(config: Config) -> bool:
 def abstract(config: Config, mesh) -> mixtral.Mixtral:
     """The frozen weights as ShapeDtypeStructs with shardings: in the compute dtype, what must be float32 in float32.
 
-    That is what the policy's float32 weights are cast to where they are used, so that both compute the same.
+    That is what the policy's float32 weights are cast to where they are used, so that both compute the same. For that the
+    experts' kernel is chosen too: adapted experts run on one that is made like `blocks`, whatever model.expert_backend says,
+    and in bfloat16 other kernels round otherwise.
     """
-    shapes = jax.eval_shape(lora.freeze, mixtral.abstract(config.model))
+    adapted = config.lora.rank and "experts" in config.lora.targets
+    model = dataclasses.replace(config.model, expert_backend="blocks") if adapted else config.model
+    shapes = jax.eval_shape(lora.freeze, mixtral.abstract(model))
     shardings = tree_shardings(shapes, mesh, shapes)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
@@ -39,7 +45,7 @@ def weights(config: Config, mesh) -> mixtral.Mixtral:
     if config.train.init_from:
         return load.restore_weights(config.train.init_from, like)
     shardings = jax.tree.map(lambda x: x.sharding, like)
-    build = jax.jit(lambda key: lora.freeze(mixtral.init(config.model, key)), out_shardings=shardings)
+    build = jax.jit(lambda key: lora.freeze(mixtral.init(like.config, key)), out_shardings=shardings)
     return build(jax.random.key(config.train.seed))
 
 

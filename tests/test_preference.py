@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mixtral_jax import reference
 from mixtral_jax.config import DpoConfig
-from mixtral_jax.frozen import stays
+from mixtral_jax.data import Corpus
+from mixtral_jax.frozen import stays, weights
 from mixtral_jax.losses import Totals
 from mixtral_jax.models import lora, mixtral
 from mixtral_jax.optim import make_optimizer
@@ -233,6 +235,22 @@ def test_every_mesh_gives_the_same(file, axes):
     assert max(relative_errors(many_grads, one_grads).values()) < 1e-5
 
 
+def test_the_references_key_has_all_that_decides_it():
+    """Where nothing is dropped neither mesh nor batch decide; where buffers are bounded they do."""
+    corpus, found = Corpus((), "rows"), {"head_DV": "1"}
+
+    def key(split="train", corpus=corpus, found=found, **changes):
+        return reference._key(dpo(**changes), corpus, found, split)
+
+    bounded = dict(model__buffer_factor=1.5, model__dispatch="ragged")
+    free = (dict(dpo__beta=0.7), dict(lora__rank=2), dict(mesh__expert=2), dict(train__batch_size=32))
+    assert {key(**changes) for changes in free} == {key()}
+    other = [key("heldout"), key(corpus=Corpus((), "others")), key(found={"head_DV": "2"})]
+    other += [key(model__dtype="bfloat16"), key(train__seq_len=32), key(data__packing=False), key(**bounded)]
+    other += [key(**bounded, mesh__expert=2), key(**bounded, train__batch_size=32)]
+    assert len({key(), *other}) == 1 + len(other)
+
+
 def test_no_gradient_goes_through_the_reference(file):
     config = dpo(dpo__beta=BETA)
     policy, reference = params_of(config, 1), params_of(config, 0)
@@ -245,9 +263,16 @@ def test_no_gradient_goes_through_the_reference(file):
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("rank", [2, 0], ids=["lora", "all_weights"])
-@pytest.mark.parametrize("where", ["precomputed", "on_the_fly"])
-def test_a_stored_reference_is_read_and_not_run_again(file, rank, where):
+@pytest.mark.parametrize(
+    ("where", "rank"),
+    [
+        ("precomputed", 2),
+        ("on_the_fly", 2),
+        pytest.param("precomputed", 0, marks=pytest.mark.slow),
+        pytest.param("on_the_fly", 0, marks=pytest.mark.slow),
+    ],
+)
+def test_a_stored_reference_is_read_and_not_run_again(file, where, rank):
     """Of the whole train step: how often a model looks its tokens up, and whether the stored answers count."""
     config = dpo(dpo__beta=BETA, dpo__reference=where, lora__rank=rank)
     base = lora.freeze(params_of(config))
@@ -310,6 +335,24 @@ def test_in_bfloat16_margins_begin_at_exactly_zero_too(file):
     stored = with_reference(config, frozen, batch)
     (_, terms), _ = value_and_grads(config, params, stored)
     assert all(terms[f"rewards/{name}"] == 0 for name in ("margins", "chosen", "rejected"))
+
+
+@pytest.mark.parametrize("where", ["precomputed", pytest.param("on_the_fly", marks=pytest.mark.slow)])
+def test_a_reference_rounds_as_the_adapted_experts_do(file, where):
+    """In bfloat16 the experts' kernels differ by more than a last bit; the adapters have one of their own."""
+    config, mesh = on_mesh(dpo(model__dtype="bfloat16", model__expert_backend="dense", lora__rank=2))
+    batch = fields(batches(config, file).eval_batch(0))
+    adapters = lora.init(config.model, config.lora, jax.random.key(1))
+    terms = []
+    with jax.set_mesh(mesh):
+        base = weights(config, mesh)
+        for reference in (base, lora.freeze(mixtral.init(config.model, jax.random.key(config.train.seed)))):
+            stored = with_reference(config, reference, batch) if where == "precomputed" else batch
+            still = None if where == "precomputed" else reference
+            terms.append(value_and_grads(config, lora.attach(base, adapters), stored, still)[0][1])
+    names = ("rewards/margins", "rewards/chosen", "rewards/accuracies")
+    assert all(terms[0][name] == 0 for name in names)
+    assert any(terms[1][name] != 0 for name in names), "with the kernel of the configuration there is noise"
 
 
 def test_a_difference_in_the_last_bits_is_none_and_has_its_gradient():
