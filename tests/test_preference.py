@@ -1,6 +1,7 @@
 """Every preference loss: its value and gradient at the start, its symmetries, and that packing and meshes change nothing."""
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 
 from mixtral_jax import reference
 from mixtral_jax.config import DpoConfig
-from mixtral_jax.data import Corpus
+from mixtral_jax.data import Corpus, Source, open_batches
 from mixtral_jax.frozen import stays, weights
 from mixtral_jax.losses import Totals
 from mixtral_jax.models import lora, mixtral
@@ -249,6 +250,28 @@ def test_the_references_key_has_all_that_decides_it():
     other += [key(model__dtype="bfloat16"), key(train__seq_len=32), key(data__packing=False), key(**bounded)]
     other += [key(**bounded, mesh__expert=2), key(**bounded, train__batch_size=32)]
     assert len({key(), *other}) == 1 + len(other)
+
+
+def test_pairs_of_several_sources_keep_their_numbers():
+    """Mixed and shuffled, each pair finds what was stored for it: here the sums of its own answers' tokens."""
+    sources = [Source(name, w, random_pairs(n, n), random_pairs(2)) for name, w, n in (("a", 1.0, 7), ("b", 3.0, 5))]
+    config, corpus = dpo(), Corpus(tuple(sources), "rows")
+    rows = dict(batch_size=4, seq_len=config.train.seq_len, seed=0, pairs=True)
+    ends = corpus.train.offsets
+    sums = [(tokens * weights).sum() for tokens, weights in (
+        (corpus.train.tokens[a:b], corpus.train.weights[a:b]) for a, b in itertools.pairwise(ends)
+    )]  # fmt: skip
+    mixed = reference.WithReference(open_batches(config.data, corpus, None, **rows), np.reshape(sums, (-1, 2)))
+    seen = set()
+    for k in range(6):
+        batch = mixed.batch(k)
+        scores_BT = (batch["targets_BT"] * batch["loss_weights_BT"])[:, :, None]
+        for side, name in ((1, "reference_chosen_BP"), (2, "reference_rejected_BP")):
+            segments_P = 2 * np.arange(batch["pairs_BP"].shape[1]) + side
+            here_BP = (scores_BT * (batch["segment_ids_BT"][:, :, None] == segments_P[None, None])).sum(1)
+            np.testing.assert_array_equal(batch[name], here_BP)
+        seen |= set(batch["pairs_BP"].ravel().tolist())
+    assert seen == set(range(13)), "all pairs of both, and places without one"
 
 
 def test_no_gradient_goes_through_the_reference(file):

@@ -162,7 +162,6 @@ def _figures(hits: Sequence[_Hit], asked: int) -> dict[str, Any]:
         ("likelihood_accuracy", sum(hit.ranked for hit in hits) / n),
     ):
         low, high = wilson(share, n)
-        low = low if share else 0.0  # and not what rounding leaves of it
         found |= {name: share, f"{name}_low": low, f"{name}_high": high}
     return found | {"log_prob_per_digit": math.fsum(hit.log_prob for hit in hits) / n / DIGITS}
 

@@ -26,7 +26,9 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     """The 95% confidence interval of a share of n independent trials (Wilson, 1927)."""
     centre, spread = share + Z95**2 / (2 * n), Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
     scale = 1 + Z95**2 / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    # At the ends exactly, and not what rounding leaves of them.
+    low = (centre - spread) / scale if share > 0 else 0.0
+    return low, (centre + spread) / scale if share < 1 else 1.0
 
 
 def heldout_reference(config: Config, corpus: Corpus, meta: dict, mesh, note: Callable) -> np.ndarray | None:

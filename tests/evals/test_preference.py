@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from mixtral_jax.evals.preference import Preference, answer_tokens, margin_interval, reward_ranking
+from mixtral_jax.evals.preference import Preference, answer_tokens, margin_interval, reward_ranking, wilson
 from mixtral_jax.evals.work import Work
 from mixtral_jax.models import mixtral
 from mixtral_jax.reference import score_pairs
@@ -58,3 +58,11 @@ def test_margins_and_their_interval_are_those_of_the_pairs_one_by_one():
 def test_one_pair_has_a_margin_without_an_interval():
     assert margin_interval(0.5, 0.25, 1) == {"margin": 0.5, "margin_low": -math.inf, "margin_high": math.inf}
     assert margin_interval(0.5, 0.25, 2)["margin_low"] == 0.5, "two pairs that agree"
+
+
+@pytest.mark.parametrize("n", [1, 12, 1000])
+def test_an_interval_of_a_share_ends_where_shares_end(n):
+    assert wilson(0.0, n)[0] == 0
+    assert wilson(1.0, n)[1] == 1
+    low, high = wilson(0.5, n)
+    assert 0 < low < 0.5 < high < 1
