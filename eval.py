@@ -93,4 +93,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__)
+    cli.run(
+        main,
+        __doc__,
+        "interrupted; run the same command again to go on: finished pieces are kept in the folder of --out",
+    )

@@ -42,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__)
+    cli.run(main, __doc__, "interrupted; run the same command again to continue from the last checkpoint")

@@ -100,12 +100,13 @@ def threads_for_fake_devices() -> None:
         os.environ.setdefault("PJRT_NPROC", "64")
 
 
-def run(main: Callable[[], None], usage: str) -> None:
+def run(main: Callable[[], None], usage: str, interrupted: str = "interrupted") -> None:
     """Parses flags, runs main, and exits; a UserError or a wrong flag is printed in one piece, without a stack trace.
 
     Args:
         main: the program; flags are parsed when it runs.
         usage: printed by --help before the flags.
+        interrupted: what to say after Ctrl-C.
     """
     if any(arg in ("--help", "-help", "-h") for arg in sys.argv[1:]):
         print(usage.strip() + "\n\nFlags:\n" + flags.FLAGS.module_help(sys.modules["__main__"]))
@@ -116,7 +117,7 @@ def run(main: Callable[[], None], usage: str) -> None:
         _parse()
         main()
 
-    status = guarded(program, "interrupted; run the same command again to continue from the last checkpoint")
+    status = guarded(program, interrupted)
     if any(type(thread).__module__.startswith("orbax.") for thread in threading.enumerate()):
         # Of a save that failed: they wait, for ten minutes, for folders that nobody will make any more.
         for stream in (sys.stdout, sys.stderr):

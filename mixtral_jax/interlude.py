@@ -53,7 +53,8 @@ def _in_words(found: dict[str, float]) -> str:
     if "accuracy" in found:
         return (
             f"loss {found['loss']:.4f}, reward accuracy {found['accuracy']:.1%} ({found['accuracy_low']:.1%} to "
-            f"{found['accuracy_high']:.1%} of {found['pairs']} pairs), margin {found['margin']:.4f}"
+            f"{found['accuracy_high']:.1%} of {found['pairs']} pairs), margin {found['margin']:.4f} "
+            f"({found['margin_low']:.4f} to {found['margin_high']:.4f})"
         )
     return f"loss {found['loss']:.4f}, {found['bits_per_byte']:.4f} bits per byte"
 

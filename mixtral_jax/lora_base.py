@@ -71,8 +71,8 @@ def refuse_changed(checkpoint: Checkpoint, config: Config, said: dict[str, Any],
 def changed(source: Checkpoint | None, said: dict[str, Any], now: dict[str, str]) -> list[str]:
     """The names of frozen parameters that are not what they were.
 
-    What the base's own adapters were merged into is compared by those adapters, and a random base not at all: the last bit
-    of a sum or of a normal number depends on the program that computes it.
+    What the base's own adapters were merged into is compared by those adapters, and a random base not at all where the run
+    began with one: the last bit of a sum or of a normal number depends on the program that computes it.
 
     Args:
         source: where the frozen weights come from; None: the random model of train.seed.
@@ -80,12 +80,12 @@ def changed(source: Checkpoint | None, said: dict[str, Any], now: dict[str, str]
         now: fingerprints of the parameters in the compute dtype, all or some.
     """
     if source is None:
-        return []
+        return list(now) if said["source"] else []
     merged = _adapted(source)
     wrong = [name for name, one in now.items() if name not in merged and one != said["fingerprints"].get(name)]
-    if _is_lora(source) and "adapters" in said:
-        there = _adapters(source)
-        wrong += [name for name in there | said["adapters"] if there.get(name) != said["adapters"].get(name)]
+    if _is_lora(source):
+        there, then = _adapters(source), said.get("adapters", {})
+        wrong += [name for name in there | then if there.get(name) != then.get(name)]
     return wrong
 
 

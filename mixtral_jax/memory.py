@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 from mixtral_jax import backends
 from mixtral_jax.config import AXES, Config, MeshConfig, ModelConfig, RunError, UserError, resolve_mesh, validate
 from mixtral_jax.models import lora, mixtral
+from mixtral_jax.preference import runs_reference
 from mixtral_jax.sharding import named_leaves, tree_shardings
 
 GIB = 2**30
@@ -121,9 +122,17 @@ def abstractly_sharded(tree, params, mesh: MeshConfig):
     return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, shardings)
 
 
+def frozen_name(config: Config) -> str | None:
+    """What the frozen weights of a run are called in tables; None where it has none."""
+    return "frozen base" if config.lora.rank else "frozen reference" if runs_reference(config) else None
+
+
 def frozen_bytes(config: Config) -> int:
-    """Bytes of a LoRA run's frozen base on one device, which has neither gradients nor moments; 0 in other runs."""
-    if config.lora.rank == 0:
+    """Bytes on one device of the weights that every step needs and that have neither gradients nor moments.
+
+    They are LoRA's base, or the reference that a DPO of all weights runs on the fly; 0 in other runs.
+    """
+    if frozen_name(config) is None:
         return 0
     base = jax.eval_shape(lora.freeze, mixtral.abstract(config.model))
     return sum(state_bytes(abstractly_sharded(base, base, config.mesh)).values())
@@ -271,8 +280,8 @@ def _rows(config: Config, state, compiled) -> list[tuple[str, int, str]]:
             f"{'.'.join(name.removeprefix(prefix + '.').split('.')[-3:])} {readable(mine[name])}" for name in largest
         )
         rows.append((title, sum(mine.values()), f"   {named}"))
-    if config.lora.rank:
-        rows.insert(0, ("frozen base", frozen_bytes(config), f"   {config.model.dtype}, without gradients and moments"))
+    if name := frozen_name(config):
+        rows.insert(0, (name, frozen_bytes(config), f"   {config.model.dtype}, without gradients and moments"))
     extra = activations(config) | {"gradients, float32": _gradients(config, state)}
     rows += [(name, extra[name], "   estimated") for name in sorted(extra, key=extra.get, reverse=True)]
     analysis = compiled.memory_analysis() if compiled is not None else None
@@ -322,6 +331,8 @@ def _changes(config: Config) -> Iterator[list[tuple[str, Config]]]:
     yield _valid(config, "model", "remat", {"none": ["outputs", "full"], "full": []}.get(config.model.remat, ["full"]))
     chunk = min(config.loss.head_chunk, train.seq_len)
     yield _valid(config, "loss", "head_chunk", [chunk // n for n in (2, 4, 8) if chunk // n >= 16])
+    if runs_reference(config):
+        yield _valid(config, "dpo", "reference", ["precomputed"])
     if config.optim.moment_dtype != "bfloat16":
         yield _valid(config, "optim", "moment_dtype", ["bfloat16"], " in a new run")
     if mesh.data > 1:

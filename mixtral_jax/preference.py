@@ -18,6 +18,16 @@ REFERENCE_FREE = ("simpo",)
 ROUNDINGS = 4  # of a sum of log-probabilities, in its last bit, that are no difference
 
 
+def has_reference(config: Config) -> bool:
+    """Whether the stage compares with a reference."""
+    return config.train.stage == "dpo" and config.dpo.loss not in REFERENCE_FREE
+
+
+def runs_reference(config: Config) -> bool:
+    """Whether every step runs the reference; else its log-probabilities come with the batches, or there is none."""
+    return has_reference(config) and config.dpo.reference == "on_the_fly"
+
+
 class Answers(NamedTuple):
     """Sums over the answers of each pair, float32 [B, P]; 0 where there is no pair."""
 

@@ -5,6 +5,7 @@ visited in the order of the packing plan; the order of the training batches is n
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -115,6 +116,8 @@ def _key(config: Config, corpus, fingerprints: dict[str, str], split: str) -> st
     model, train = config.model, config.train
     settings = {key: getattr(model, key) for key in (*MODEL_KEYS, "dtype")}
     parts = (FORMAT, split, fingerprints, corpus.key, settings, train.seq_len, config.data.packing)
+    if model.buffer_factor:  # what a bounded buffer drops depends on the other rows, and on who shares the experts
+        parts += (model.buffer_factor, dataclasses.asdict(config.mesh), _rows(config))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -18,6 +18,7 @@ from mixtral_jax.data import Corpus, load_tokenizer
 from mixtral_jax.jsonl import first_start
 from mixtral_jax.models import mixtral
 from mixtral_jax.optim import make_optimizer
+from mixtral_jax.preference import has_reference
 from mixtral_jax.progress import Progress, Throughput
 from mixtral_jax.reference import WithReference, open_reference
 from mixtral_jax.resume import find_state, identity
@@ -139,8 +140,6 @@ def start(config: Config, workdir: Path, make_heldout: Callable, public: str | P
     mine = identity(config, tokenizer, corpus)
     distributed.same(mine, "give all the same text, configuration and Python")
     found = find_state(config, optimizer, mesh, checkpoints, mine, tokenizer, notes.append)
-    if distributed.speaks():
-        store(workdir, config, tokenizer)
     step_fn = CompiledFirst(
         jax.jit(
             make_train_step(config, optimizer, stage.loss),
@@ -151,6 +150,8 @@ def start(config: Config, workdir: Path, make_heldout: Callable, public: str | P
     progress, peak = _announce(config, mesh, tokenizer, corpus, found, notes)
     frozen_weights, frozen_meta, reference = _frozen(config, mesh, found, corpus, progress.note)
     batches = stage.batches(config, corpus, tokenizer)
+    if distributed.speaks():
+        store(workdir, config, tokenizer)  # now that nothing of it was refused: who reads the weights reads this
     resume_step = -1 if found.step is None else found.step
     writer = None
     if distributed.speaks():
@@ -223,11 +224,12 @@ def _frozen(config: Config, mesh, found, corpus: Corpus, note: Callable):
     """Prepares what does not move: (weights that every step needs, what checkpoints note of them, Reference), or Nones.
 
     Raises:
-        UserError: train.init_from holds other weights than those the run began with.
+        UserError: train.init_from is empty, or holds other weights than those the run began with.
     """
-    if not config.lora.rank and not frozen.has_reference(config):
+    if not config.lora.rank and not has_reference(config):
         return None, None, None
     meta, kept = found.meta.get("frozen"), []
+    frozen.check_source(config, meta)
 
     def weights():
         if not kept:
@@ -239,7 +241,7 @@ def _frozen(config: Config, mesh, found, corpus: Corpus, note: Callable):
         stays = weights() if frozen.stays(config) or meta is None else None
         meta = meta or lora_base.record(config, stays)
         reference = None
-        if frozen.has_reference(config) and config.dpo.reference == "precomputed":
+        if has_reference(config) and config.dpo.reference == "precomputed":
             reference = open_reference(config, corpus, meta["fingerprints"], weights, mesh, note)
     return (stays if frozen.stays(config) else None), meta, reference
 

@@ -13,6 +13,7 @@ from mixtral_jax.losses import Totals
 from mixtral_jax.models import lora, mixtral
 from mixtral_jax.models.moe import RouterStats
 from mixtral_jax.optim import clip_by_norm, is_router, learning_rate_schedule
+from mixtral_jax.preference import runs_reference
 from mixtral_jax.sharding import constrain_params, path_names, tree_shardings
 
 HOST = "pinned_host"  # jax's name of the host memory that an accelerator reaches by itself
@@ -163,15 +164,18 @@ def make_train_step(config: Config, optimizer: optax.GradientTransformation, los
         optimizer: of optim.make_optimizer, whose `update` takes `ok`.
         loss_fn: of the stage, see stages.Stage.
 
-    `frozen` are weights that do not move: LoRA's base, which is DPO's reference too, or the weights that a full DPO
-    started from; None where there are none.
+    `frozen` are weights that do not move: LoRA's base, or the weights that a full DPO started from and compares with, or
+    with LoRA on the fly both at once; None where there are none (frozen.stays).
     """
     schedule = learning_rate_schedule(config.optim, config.train.steps)
     limit = config.train.skip_nonfinite
 
     def train_step(state: TrainState, batch: dict, frozen=None):
+        # LoRA's base is there in any case; it is run as DPO's reference only where the batches do not carry its answers.
+        reference = frozen if runs_reference(config) else None
+
         def micro_loss(params, batch, totals):
-            return loss_fn(model_of(config, params, frozen), batch, totals, config, frozen)
+            return loss_fn(model_of(config, params, frozen), batch, totals, config, reference)
 
         totals = Totals.of(batch)
         steps = config.train.accumulation_steps

@@ -116,3 +116,13 @@ def assert_trees_close(got, want, tolerance: float) -> None:
     errors = relative_errors(got, want)
     worst = max(errors, key=errors.get)
     assert errors[worst] <= tolerance, f"{worst} is off by {errors[worst]:.2e} of its scale, more than {tolerance:.0e}"
+
+
+def equations(jaxpr):
+    """All equations of a jaxpr, those of inner ones included."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)

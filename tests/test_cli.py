@@ -83,3 +83,25 @@ def test_fake_devices_get_enough_threads(monkeypatch, set_, want):
         monkeypatch.setenv(name, value)
     cli.threads_for_fake_devices()
     assert os.environ.get("PJRT_NPROC") == want
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "words"),
+    [
+        ("train.py", ["--config=configs/tiny.py", "--workdir=x"], "continue from the last checkpoint"),
+        ("eval.py", ["--checkpoint=x", "--out=y"], "finished pieces are kept in the folder of --out"),
+    ],
+)
+def test_ctrl_c_says_how_to_go_on(program, arguments, words):
+    """It comes where each program first waits for others, before it touches a folder."""
+    lines = [
+        "import runpy, sys",
+        "from mixtral_jax import cli",
+        "def stop(): raise KeyboardInterrupt",
+        f"cli.join_processes, sys.argv = stop, {[program, *arguments]}",
+        f"runpy.run_path('{program}', run_name='__main__')",
+    ]
+    done = command("-c", "\n".join(lines))
+    assert done.returncode == 130, done.stderr
+    assert done.stderr.startswith("interrupted; run the same command again"), done.stderr
+    assert words in done.stderr

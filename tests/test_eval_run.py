@@ -13,7 +13,8 @@ import pytest
 from mixtral_jax.checkpoint import Checkpoints
 from mixtral_jax.config import UserError
 from mixtral_jax.data import Corpus, build_cache, load_tokenizer
-from mixtral_jax.evals import baselines, run
+from mixtral_jax.evals import baselines, compare, run
+from mixtral_jax.evals.settings import Settings
 from mixtral_jax.models import mixtral
 from mixtral_jax.sharding import named_leaves
 from mixtral_jax.workdir import store_run
@@ -86,6 +87,8 @@ def test_results_are_written_with_all_that_made_them(workdir, tmp_path, capsys):
     printed = capsys.readouterr().out
     for word in (str(workdir), "step 2", "bits_per_byte", f"{np.log(V):.4f}", "bigram_bits_per_byte", "results.json"):
         assert word in printed
+    for page in ("report.md", "report.html"):
+        assert "By word and document: --text=NAME=SOURCE:PATH" in (out / page).read_text(), page
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2", "4"]
 
 
@@ -140,6 +143,24 @@ def test_mistakes_end_with_status_2_and_an_explanation(tmp_path, arguments, word
     for word in words:
         assert word in done.stderr
     assert not list(tmp_path.glob("**/results.json"))
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "compared"])
+def test_passkeys_that_no_prompt_fits_are_refused_before_weights_are_read(workdir, tmp_path, monkeypatch, several):
+    def read(*arguments):
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr(run, "load", read)
+    settings = Settings(passkey_lengths=(4096, 20))
+    specs, out, asked = [f"{workdir}/checkpoints/{step}" for step in (2, 4)], str(tmp_path / "out"), ["passkey"]
+
+    def evaluate():
+        if several:
+            return compare.compare(specs, out, names=asked, settings=settings)
+        return run.evaluate(specs[0], None, asked, out, settings)
+
+    with pytest.raises(UserError, match=r"--passkey_lengths: 20 tokens cannot hold .* give lengths of at least \d\d\d"):
+        evaluate()
 
 
 def test_a_tokenizer_of_another_model_is_refused(workdir, tmp_path):

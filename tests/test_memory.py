@@ -17,6 +17,7 @@ from mixtral_jax import memory
 from mixtral_jax.config import ModelConfig, RunError, UserError, from_config_dict, resolve_mesh
 from mixtral_jax.memory import GIB, Available, explain_oom
 from mixtral_jax.optim import make_optimizer
+from mixtral_jax.plan import aot
 from mixtral_jax.sharding import batch_sharding, replicated
 from mixtral_jax.stages import STAGES
 from mixtral_jax.step import abstract_state, make_train_step
@@ -137,6 +138,32 @@ def test_estimates_come_near_what_the_compiler_says():
         config, like, step = compiled(axes, model__remat=remat)
         estimate = sum(memory.activations(config).values()) + memory._gradients(config, like)
         assert 0.5 < estimate / step.memory_analysis().temp_size_in_bytes < 2, (axes, remat)
+
+
+@pytest.mark.parametrize(
+    ("where", "rank"),
+    [
+        ("precomputed", 2),
+        ("on_the_fly", 0),
+        pytest.param("precomputed", 0, marks=pytest.mark.slow),
+        pytest.param("on_the_fly", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_the_frozen_weights_of_a_dpo_are_counted(where, rank):
+    """By what the compiled step is given: the state, the batch, and what does not move."""
+    changes = dict(train__stage="dpo", dpo__reference=where, lora__rank=rank, model__num_layers=1, model__remat="full")
+    small = dict(train__batch_size=2, train__seq_len=16, model__dtype="bfloat16")
+    config, mesh, _, like, _ = abstract((("fsdp", 2),), **changes | small)
+    batch = aot.abstract_batch(config, mesh)
+    read = [a for name, a in batch.items() if where == "precomputed" or not name.startswith("reference")]
+    given = sum(memory.state_bytes(like).values()) + sum(a.size * a.dtype.itemsize for a in read) // 2
+    compiled_step = aot.lower(config, mesh)[0].compile()
+    assert compiled_step.memory_analysis().argument_size_in_bytes == given + memory.frozen_bytes(config)
+    text = explain_oom(RUN_TIME, config=config, state_or_abstract=like)
+    name = "frozen base" if rank else "frozen reference"
+    assert (f"  {name} " in text) == (memory.frozen_bytes(config) > 0) == (rank > 0 or where == "on_the_fly")
+    kept_for_it_alone = not rank and where == "on_the_fly"
+    assert ("dpo.reference=precomputed (now on_the_fly)" in text) == kept_for_it_alone
 
 
 def proposals(text: str) -> list[dict[str, str]]:
@@ -265,6 +292,7 @@ import resource, jax, numpy as np
 from mixtral_jax.config import RunError
 from mixtral_jax.memory import explain_oom
 from mixtral_jax.optim import make_optimizer
+from mixtral_jax.plan import aot
 from mixtral_jax.sharding import place, replicated
 from mixtral_jax.stages import STAGES
 from mixtral_jax.step import abstract_state, make_train_step

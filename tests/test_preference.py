@@ -1,6 +1,7 @@
 """Every preference loss: its value and gradient at the start, its symmetries, and that packing and meshes change nothing."""
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -8,14 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mixtral_jax import reference
 from mixtral_jax.config import DpoConfig
+from mixtral_jax.data import Corpus, Source, open_batches
+from mixtral_jax.frozen import stays, weights
 from mixtral_jax.losses import Totals
 from mixtral_jax.models import lora, mixtral
+from mixtral_jax.optim import make_optimizer
 from mixtral_jax.preference import Answers, answers, dpo_loss, log_ratio, pair_losses, pair_terms
 from mixtral_jax.reference import add_to
 from mixtral_jax.sharding import place
-from mixtral_jax.step import model_of
-from tests.helpers import assert_trees_close, on_mesh, relative_errors, shard, train
+from mixtral_jax.step import init_state, make_train_step, model_of
+from tests.helpers import assert_trees_close, equations, on_mesh, relative_errors, shard, train
 from tests.pairs import batches, dpo, random_pairs, swapped
 
 LOSSES = ("sigmoid", "robust", "ipo", "hinge", "sigmoid_norm", "simpo", "apo_zero")
@@ -231,6 +236,44 @@ def test_every_mesh_gives_the_same(file, axes):
     assert max(relative_errors(many_grads, one_grads).values()) < 1e-5
 
 
+def test_the_references_key_has_all_that_decides_it():
+    """Where nothing is dropped neither mesh nor batch decide; where buffers are bounded they do."""
+    corpus, found = Corpus((), "rows"), {"head_DV": "1"}
+
+    def key(split="train", corpus=corpus, found=found, **changes):
+        return reference._key(dpo(**changes), corpus, found, split)
+
+    bounded = dict(model__buffer_factor=1.5, model__dispatch="ragged")
+    free = (dict(dpo__beta=0.7), dict(lora__rank=2), dict(mesh__expert=2), dict(train__batch_size=32))
+    assert {key(**changes) for changes in free} == {key()}
+    other = [key("heldout"), key(corpus=Corpus((), "others")), key(found={"head_DV": "2"})]
+    other += [key(model__dtype="bfloat16"), key(train__seq_len=32), key(data__packing=False), key(**bounded)]
+    other += [key(**bounded, mesh__expert=2), key(**bounded, train__batch_size=32)]
+    assert len({key(), *other}) == 1 + len(other)
+
+
+def test_pairs_of_several_sources_keep_their_numbers():
+    """Mixed and shuffled, each pair finds what was stored for it: here the sums of its own answers' tokens."""
+    sources = [Source(name, w, random_pairs(n, n), random_pairs(2)) for name, w, n in (("a", 1.0, 7), ("b", 3.0, 5))]
+    config, corpus = dpo(), Corpus(tuple(sources), "rows")
+    rows = dict(batch_size=4, seq_len=config.train.seq_len, seed=0, pairs=True)
+    ends = corpus.train.offsets
+    sums = [(tokens * weights).sum() for tokens, weights in (
+        (corpus.train.tokens[a:b], corpus.train.weights[a:b]) for a, b in itertools.pairwise(ends)
+    )]  # fmt: skip
+    mixed = reference.WithReference(open_batches(config.data, corpus, None, **rows), np.reshape(sums, (-1, 2)))
+    seen = set()
+    for k in range(6):
+        batch = mixed.batch(k)
+        scores_BT = (batch["targets_BT"] * batch["loss_weights_BT"])[:, :, None]
+        for side, name in ((1, "reference_chosen_BP"), (2, "reference_rejected_BP")):
+            segments_P = 2 * np.arange(batch["pairs_BP"].shape[1]) + side
+            here_BP = (scores_BT * (batch["segment_ids_BT"][:, :, None] == segments_P[None, None])).sum(1)
+            np.testing.assert_array_equal(batch[name], here_BP)
+        seen |= set(batch["pairs_BP"].ravel().tolist())
+    assert seen == set(range(13)), "all pairs of both, and places without one"
+
+
 def test_no_gradient_goes_through_the_reference(file):
     config = dpo(dpo__beta=BETA)
     policy, reference = params_of(config, 1), params_of(config, 0)
@@ -241,6 +284,35 @@ def test_no_gradient_goes_through_the_reference(file):
 
     grads = jax.jit(jax.grad(loss))(reference)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(
+    ("where", "rank"),
+    [
+        ("precomputed", 2),
+        ("on_the_fly", 2),
+        pytest.param("precomputed", 0, marks=pytest.mark.slow),
+        pytest.param("on_the_fly", 0, marks=pytest.mark.slow),
+    ],
+)
+def test_a_stored_reference_is_read_and_not_run_again(file, where, rank):
+    """Of the whole train step: how often a model looks its tokens up, and whether the stored answers count."""
+    config = dpo(dpo__beta=BETA, dpo__reference=where, lora__rank=rank)
+    base = lora.freeze(params_of(config))
+    batch = with_reference(config, base, fields(batches(config, file).eval_batch(0)))
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    state, _ = init_state(config, optimizer, on_mesh(config)[1])
+    still = base if stays(config) else None
+    assert (still is None) == (where == "precomputed" and rank == 0)
+    step = make_train_step(config, optimizer, dpo_loss)
+    found = equations(jax.make_jaxpr(step)(state, batch, still).jaxpr)
+    table = (config.model.vocab_size, config.model.d_model)
+    forwards = [e for e in found if e.primitive.name == "gather" and e.invars[0].aval.shape == table]
+    assert len(forwards) == (1 if where == "precomputed" else 2)
+
+    other = batch | {"reference_chosen_BP": batch["reference_chosen_BP"] - 1}
+    here, there = (jax.jit(step)(state, each, still)[1]["rewards/chosen"] for each in (batch, other))
+    assert there - here == pytest.approx(BETA if where == "precomputed" else 0, rel=1e-5)
 
 
 def test_an_empty_batch_of_pairs_costs_nothing():
@@ -286,6 +358,24 @@ def test_in_bfloat16_margins_begin_at_exactly_zero_too(file):
     stored = with_reference(config, frozen, batch)
     (_, terms), _ = value_and_grads(config, params, stored)
     assert all(terms[f"rewards/{name}"] == 0 for name in ("margins", "chosen", "rejected"))
+
+
+@pytest.mark.parametrize("where", ["precomputed", pytest.param("on_the_fly", marks=pytest.mark.slow)])
+def test_a_reference_rounds_as_the_adapted_experts_do(file, where):
+    """In bfloat16 the experts' kernels differ by more than a last bit; the adapters have one of their own."""
+    config, mesh = on_mesh(dpo(model__dtype="bfloat16", model__expert_backend="dense", lora__rank=2))
+    batch = fields(batches(config, file).eval_batch(0))
+    adapters = lora.init(config.model, config.lora, jax.random.key(1))
+    terms = []
+    with jax.set_mesh(mesh):
+        base = weights(config, mesh)
+        for reference in (base, lora.freeze(mixtral.init(config.model, jax.random.key(config.train.seed)))):
+            stored = with_reference(config, reference, batch) if where == "precomputed" else batch
+            still = None if where == "precomputed" else reference
+            terms.append(value_and_grads(config, lora.attach(base, adapters), stored, still)[0][1])
+    names = ("rewards/margins", "rewards/chosen", "rewards/accuracies")
+    assert all(terms[0][name] == 0 for name in names)
+    assert any(terms[1][name] != 0 for name in names), "with the kernel of the configuration there is noise"
 
 
 def test_a_difference_in_the_last_bits_is_none_and_has_its_gradient():

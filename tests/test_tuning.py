@@ -5,13 +5,14 @@ import shutil
 import numpy as np
 import pytest
 
-from mixtral_jax import reference, trainer
+from mixtral_jax import frozen, lora_base, reference, trainer
 from mixtral_jax.checkpoint import Checkpoints
 from mixtral_jax.config import UserError
 from mixtral_jax.fingerprint import fingerprints
 from mixtral_jax.jsonl import read_jsonl
 from mixtral_jax.load import load
 from mixtral_jax.sharding import named_leaves
+from tests.helpers import tiny
 from tests.processes import logged
 from tests.tuned import prepare, tune_in
 
@@ -153,6 +154,43 @@ def test_weights_that_changed_since_are_refused(tune, folder):
     shutil.copytree(folder / "another", folder / "moving")
     with pytest.raises(UserError, match=r"(?s)other weights than this run began with .* arrays differ"):
         tune("held", "sft", **LORA | changes | dict(train__steps=2))
+
+
+def test_a_start_that_is_forgotten_or_new_is_refused_before_weights_are_read():
+    named, empty = (tiny(lora__rank=2, train__init_from=source) for source in ("runs/base", ""))
+    frozen.check_source(named, None)
+    frozen.check_source(empty, None)
+    frozen.check_source(named, {"source": "runs/base/checkpoints/4"})
+    frozen.check_source(empty, {"source": ""})
+    with pytest.raises(
+        UserError, match=r"train.init_from is empty, and this run began with 'runs/base'; give --config"
+    ):
+        frozen.check_source(empty, {"source": "runs/base"})
+    with pytest.raises(UserError, match=r"train.init_from='runs/base', and this run began with random weights"):
+        frozen.check_source(named, {"source": ""})
+    now = {"head_DV": "1"}
+    assert lora_base.changed(None, {"source": "", "fingerprints": {"head_DV": "2"}}, now) == []
+    assert lora_base.changed(None, {"source": "runs/base", "fingerprints": {"head_DV": "1"}}, now) == ["head_DV"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "changes"), [("sft", LORA), ("dpo", LORA), ("dpo", {})], ids=["sft-lora", "dpo-lora", "dpo"]
+)
+def test_a_run_goes_on_from_what_it_began_with_only(tune, folder, request, stage, changes):
+    """Without train.init_from, or on top of its own kind, it would train on beside other weights; nothing is changed."""
+    name = f"began-{request.node.callspec.id}"
+    once, more = (changes | dict(train__steps=n, train__checkpoint_every=1) for n in (1, 2))
+    tune(name, stage, **once)
+    before = (folder / name / "config.json").read_text()
+    with pytest.raises(UserError, match=rf"train.init_from is empty, and this run began with '{folder}/base'"):
+        tune(name, stage, **more, train__init_from="")
+    if changes:
+        tune("adapted", "sft", **LORA, train__steps=1)  # the same base, and adapters merged into it
+        with pytest.raises(UserError, match=r"(?s)other weights than this run began with .* arrays differ"):
+            tune(name, stage, **more, train__init_from=str(folder / "adapted"))
+    assert (folder / name / "config.json").read_text() == before
+    assert len(weights(folder / name)) > 10, "what it has is still read"
 
 
 def test_frozen_routers_stay(tune, folder):

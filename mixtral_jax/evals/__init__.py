@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mixtral_jax.config import Config
-from mixtral_jax.data import Corpus, first_documents, load_tokenizer
+from mixtral_jax.data import Corpus, Tokenizer, first_documents, load_tokenizer
 from mixtral_jax.evals import (
     context,
     harness,
@@ -43,6 +43,7 @@ class Eval(NamedTuple):
     check: Callable[[Config, Settings], None] | None = (
         None  # refuses settings that cannot work, before weights are read
     )
+    check_tokens: Callable[[Config, Settings, Tokenizer], None] | None = None  # the same, where it takes the tokenizer
     default: bool = True  # runs where nobody says which; False: it is long, or wants data
 
 
@@ -67,6 +68,7 @@ def preference(subject: Subject) -> Iterator[tuple[str, Any]]:
         "corpus": corpus.key,
         "rows": [config.train.batch_size, config.train.seq_len, config.data.packing],
         "dpo": dataclasses.asdict(config.dpo),
+        "sums": 2,  # raise it when the sums of a batch are others
         "reference": None
         if reference is None
         else hashlib.sha256(np.ascontiguousarray(reference).tobytes()).hexdigest(),
@@ -127,7 +129,7 @@ EVALS = {
     "preference": Eval(preference, ("dpo",), scalars("Reward accuracy and margins")),
     "routing": Eval(routing.routing, STAGES, routing_report.report, routing.check),
     "context": Eval(context.context, STAGES, context.report, context.check, default=False),
-    "passkey": Eval(passkey.passkey, STAGES, passkey_report.report, passkey.check, default=False),
+    "passkey": Eval(passkey.passkey, STAGES, passkey_report.report, passkey.check, passkey.check_lengths, False),
     "lm_eval": Eval(harness.run, STAGES, harness.report, harness.check, default=False),
     "mt_bench": Eval(mt_bench.mt_bench, STAGES, mt_bench.report, mt_bench.check, default=False),
 }

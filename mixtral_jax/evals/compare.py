@@ -191,7 +191,7 @@ def _refuse_unfit(entrants: Sequence[Entrant], asked: dict[str, list[str]], name
             stages = ", ".join(f"{each.name} is of {each.config.train.stage}" for each in entrants)
             raise UserError(f"--evals={name} means nothing for any of the checkpoints ({stages}); leave it out")
     for each in entrants:
-        refuse_early(asked[each.name], each.config, settings)
+        refuse_early(asked[each.name], each.config, settings, each.checkpoint)
 
 
 def _entrants(checkpoints: Sequence[Checkpoint]) -> list[Entrant]:

@@ -29,6 +29,7 @@ from mixtral_jax.evals.passkey_prompts import (
     cell_name,
     default_lengths,
     reach,
+    refuse_short,
     trials,
 )
 from mixtral_jax.evals.preference import wilson
@@ -63,6 +64,28 @@ def check(config: Config, settings: Settings) -> None:
             f"--passkey_depths={','.join(f'{depth:g}' for depth in settings.passkey_depths)} "
             f"--passkey_trials={settings.passkey_trials}; give at least one depth and one trial"
         )
+
+
+def check_lengths(config: Config, settings: Settings, tokenizer: Tokenizer) -> None:
+    """Refuses lengths that cannot hold a prompt, in the tokenizer's tokens.
+
+    Raises:
+        UserError: naming the length and the least.
+    """
+    refuse_short(tokenizer, grid_of(config, tokenizer, settings))
+
+
+def grid_of(config: Config, tokenizer: Tokenizer, settings: Settings) -> Grid:
+    """What a model of a configuration is asked."""
+    count, longest = settings.passkey_trials, config.model.max_seq_len
+    return Grid(
+        tuple(dict.fromkeys(settings.passkey_lengths)) or default_lengths(tokenizer, longest),
+        tuple(dict.fromkeys(settings.passkey_depths)),
+        min(settings.limit or count, count),
+        settings.seed,
+        longest,
+        reach(config.model),
+    )
 
 
 def first_number(text: str) -> str | None:
@@ -139,7 +162,6 @@ def _figures(hits: Sequence[_Hit], asked: int) -> dict[str, Any]:
         ("likelihood_accuracy", sum(hit.ranked for hit in hits) / n),
     ):
         low, high = wilson(share, n)
-        low = low if share else 0.0  # and not what rounding leaves of it
         found |= {name: share, f"{name}_low": low, f"{name}_high": high}
     return found | {"log_prob_per_digit": math.fsum(hit.log_prob for hit in hits) / n / DIGITS}
 
@@ -172,16 +194,7 @@ def reader_of(subject: Subject) -> Reader:
 
 def passkey(subject: Subject) -> Iterator[tuple[str, Any]]:
     """Accuracy by generation and by likelihood, over lengths and depths; see the module."""
-    settings, tokenizer = subject.settings, subject.tokenizer
-    count = settings.passkey_trials
-    grid = Grid(
-        tuple(dict.fromkeys(settings.passkey_lengths)) or default_lengths(tokenizer, subject.longest),
-        tuple(dict.fromkeys(settings.passkey_depths)),
-        min(settings.limit or count, count),
-        settings.seed,
-        subject.longest,
-        reach(subject.config.model),
-    )
+    tokenizer, grid = subject.tokenizer, grid_of(subject.config, subject.tokenizer, subject.settings)
     texts = [TASK, *FILLER, LINE, QUESTION]
     with subject.work("passkey", texts=texts, counts=[DIGITS, OTHERS, ROOM]) as work:
         found = dict(measure(grid, tokenizer, reader_of(subject), work))

@@ -93,10 +93,28 @@ def trials(tokenizer: Tokenizer, grid: Grid, length: int) -> list[Trial]:
     return [_trial(tokenizer, grid, length, depth, number) for depth in grid.depths for number in range(grid.trials)]
 
 
-def _trial(tokenizer: Tokenizer, grid: Grid, length: int, depth: float, number: int) -> Trial:
+def refuse_short(tokenizer: Tokenizer, grid: Grid) -> None:
+    """Refuses what `trials` would, without making the prompts: their frames are enough, and no model is needed.
+
+    Raises:
+        UserError: see `trials`.
+    """
+    for length in grid.lengths:
+        for depth in grid.depths:
+            for number in range(grid.trials):
+                (key, *_), first = _drawn(grid, length, depth, number)
+                _left(tokenizer, length, _text(key, 0, 0, first))
+
+
+def _drawn(grid: Grid, length: int, depth: float, number: int) -> tuple[list[str], int]:
+    """What chance decides of a trial: its key, then the others, and the number of the first sentence."""
     rng = np.random.default_rng([grid.seed, length, round(depth * 1e9), number])
-    key, *others = (str(KEYS[i]) for i in rng.choice(len(KEYS), 1 + OTHERS, replace=False))
-    first = int(rng.integers(len(FILLER)))
+    keys = [str(KEYS[i]) for i in rng.choice(len(KEYS), 1 + OTHERS, replace=False)]
+    return keys, int(rng.integers(len(FILLER)))
+
+
+def _trial(tokenizer: Tokenizer, grid: Grid, length: int, depth: float, number: int) -> Trial:
+    (key, *others), first = _drawn(grid, length, depth, number)
 
     def text(count: int) -> str:
         before = round(depth * count)
@@ -120,17 +138,23 @@ def _sentences(tokenizer: Tokenizer, text: Callable[[int], str], length: int) ->
     def spare(count: int) -> int:
         return length - ROOM - len(_read(tokenizer, text(count)))
 
-    if (left := spare(0)) < 0:
-        raise UserError(
-            f"--passkey_lengths: {length} tokens cannot hold a prompt without any filler, which has {length - left} tokens of "
-            f"{tokenizer.name} with the {ROOM} for the answer; give lengths of at least {length - left}"
-        )
-    count = int(left / _per_sentence(tokenizer))
+    count = int(_left(tokenizer, length, text(0)) / _per_sentence(tokenizer))
     while spare(count) < 0:
         count -= 1
     while spare(count + 1) >= 0:
         count += 1
     return count
+
+
+def _left(tokenizer: Tokenizer, length: int, frame: str) -> int:
+    """The tokens that a prompt without filler and its answer leave of a length."""
+    left = length - ROOM - len(_read(tokenizer, frame))
+    if left < 0:
+        raise UserError(
+            f"--passkey_lengths: {length} tokens cannot hold a prompt without any filler, which has {length - left} tokens of "
+            f"{tokenizer.name} with the {ROOM} for the answer; give lengths of at least {length - left}"
+        )
+    return left
 
 
 @functools.lru_cache(maxsize=8)

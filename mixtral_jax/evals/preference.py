@@ -14,9 +14,8 @@ from mixtral_jax.config import Config, DpoConfig, UserError
 from mixtral_jax.data import Batches, Corpus, TokenFile, pack_pairs
 from mixtral_jax.distributed import rows_here, speaks
 from mixtral_jax.evals.work import Work
-from mixtral_jax.frozen import has_reference
 from mixtral_jax.models import lora
-from mixtral_jax.preference import Answers, answers, pair_losses, pair_terms, stored_reference
+from mixtral_jax.preference import Answers, answers, has_reference, pair_losses, pair_terms, stored_reference
 from mixtral_jax.reference import add_to, open_split
 from mixtral_jax.sharding import place
 
@@ -27,7 +26,9 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     """The 95% confidence interval of a share of n independent trials (Wilson, 1927)."""
     centre, spread = share + Z95**2 / (2 * n), Z95 * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
     scale = 1 + Z95**2 / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    # At the ends exactly, and not what rounding leaves of them.
+    low = (centre - spread) / scale if share > 0 else 0.0
+    return low, (centre + spread) / scale if share < 1 else 1.0
 
 
 def heldout_reference(config: Config, corpus: Corpus, meta: dict, mesh, note: Callable) -> np.ndarray | None:
@@ -71,6 +72,18 @@ def share(name: str, hits: np.ndarray) -> dict[str, float]:
     mean = float(hits.mean())
     low, high = wilson(mean, len(hits))
     return {name: mean, f"{name}_low": low, f"{name}_high": high}
+
+
+def margin_interval(mean: float, square: float, n: int) -> dict[str, float]:
+    """The mean margin of n pairs and its 95% interval, by the normal approximation; of one pair it has no ends.
+
+    Args:
+        mean: of the margins.
+        square: the mean of their squares.
+        n: pairs.
+    """
+    spread = Z95 * math.sqrt(max(square - mean**2, 0.0) / (n - 1)) if n > 1 else math.inf
+    return {"margin": mean, "margin_low": mean - spread, "margin_high": mean + spread}
 
 
 def answer_tokens(pairs: TokenFile) -> np.ndarray:
@@ -122,13 +135,10 @@ def reward_ranking(
     found = pair_losses(packed(log_probs), None if reference is None else packed(reference), config)
     loss, chosen, rejected = (np.asarray(part[0], np.float64) for part in found)
     margin = chosen - rejected
-    spread = Z95 * margin.std(ddof=1) / math.sqrt(len(margin)) if len(margin) > 1 else math.inf
     return {
         "loss": float(loss.mean()),
         **share("accuracy", chosen > rejected),
-        "margin": float(margin.mean()),
-        "margin_low": float(margin.mean() - spread),
-        "margin_high": float(margin.mean() + spread),
+        **margin_interval(float(margin.mean()), float(np.square(margin).mean()), len(margin)),
         "chosen_reward": float(chosen.mean()),
         "rejected_reward": float(rejected.mean()),
     }
@@ -145,7 +155,9 @@ def _sums(params, frozen, batch: dict, compares: bool, adapted: bool, head_chunk
     else:
         found = answers(frozen, batch, head_chunk)[0]
     valid_BP = batch["pairs_BP"] > 0
-    return pair_terms(policy, found, valid_BP, 1.0, dpo) | {"pairs": valid_BP.sum()}
+    _, chosen_BP, rejected_BP = pair_losses(policy, found, dpo)
+    squares = jnp.where(valid_BP, jnp.square(chosen_BP - rejected_BP), 0).sum()
+    return pair_terms(policy, found, valid_BP, 1.0, dpo) | {"squared_margins": squares, "pairs": valid_BP.sum()}
 
 
 class Preference:
@@ -178,8 +190,8 @@ class Preference:
             work: keeps the sums of each batch; those that it has are not computed again.
 
         Returns:
-            loss (the preference loss), accuracy with its 95% interval accuracy_low to accuracy_high, margin,
-            chosen_reward, rejected_reward: means over pairs; chosen_logp and rejected_logp: nats an answer; pairs.
+            loss (the preference loss), accuracy and margin, each with its 95% interval _low to _high, chosen_reward,
+            rejected_reward: means over pairs; chosen_logp and rejected_logp: nats an answer; pairs.
         """
         count = self._batches.n_eval_batches
         picked = range(count) if limit is None or limit >= count else np.linspace(0, count - 1, limit).astype(int)
@@ -205,7 +217,7 @@ class Preference:
             "accuracy": mean["rewards/accuracies"],
             "accuracy_low": low,
             "accuracy_high": high,
-            "margin": mean["rewards/margins"],
+            **margin_interval(mean["rewards/margins"], mean["squared_margins"], n),
             "chosen_reward": mean["rewards/chosen"],
             "rejected_reward": mean["rewards/rejected"],
             "chosen_logp": mean["logps/chosen"],

@@ -66,7 +66,7 @@ def evaluate(
     if names is None and stored_corpus(checkpoint) is None:
         names = [name for name in fitting(stored.train.stage, None, "") if name not in OF_OWN_TEXT]
     names = fitting(stored.train.stage, names, str(checkpoint))
-    refuse_early(names, stored, settings)
+    refuse_early(names, stored, settings, checkpoint)
     subject, record = open_subject(checkpoint, settings, folder / UNFINISHED, mesh_sizes)
     short, kept = checkpoint.folder.name, {}
 
@@ -176,8 +176,12 @@ def _drawable(results: dict[str, dict]) -> dict[str, dict]:
     return found
 
 
-def refuse_early(names: Sequence[str], config: Config, settings: Settings) -> None:
+def refuse_early(names: Sequence[str], config: Config, settings: Settings, checkpoint: Checkpoint) -> None:
     """Lets evaluations refuse settings that cannot work, before weights are read.
+
+    Args:
+        names, settings: what is to be measured, and how.
+        config, checkpoint: of what; its tokenizer is loaded if an evaluation asks for it.
 
     Raises:
         UserError: one does.
@@ -189,6 +193,10 @@ def refuse_early(names: Sequence[str], config: Config, settings: Settings) -> No
     for name in names:
         if EVALS[name].check is not None:
             EVALS[name].check(config, settings)
+    asking = [EVALS[name].check_tokens for name in names if EVALS[name].check_tokens is not None]
+    tokenizer = stored_tokenizer(checkpoint) if asking else None
+    for check in asking:
+        check(config, settings, tokenizer)
 
 
 def known(names: list[str] | None) -> list[str] | None:

@@ -144,7 +144,10 @@ def report(found: dict[str, dict]) -> list[Block]:
 
 def _what(found: dict[str, dict]) -> str:
     if not any("documents" in each for each in found.values()):
-        return f"On {HELDOUT}, documents cut into rows as in training."
+        return (
+            f"On {HELDOUT}, documents cut into rows as in training. By token and byte only: the split is kept as tokens, whose "
+            "words are not counted. By word and document: --text=NAME=SOURCE:PATH."
+        )
     said = "Every token of a document is scored once; its nll is a document's sum, in nats, with the 95% interval of the mean."
     seen = {name: share for each in found.values() for name, share in each.get("trained_on", {}).items()}
     if any(seen.values()):

@@ -170,8 +170,8 @@ def _memory(config: Config, topology: Topology, like) -> dict[str, Any]:
         "temporaries": sum(memory.activations(config).values()),
         "program": 0,
     }
-    if config.lora.rank:
-        rows["frozen base"] = memory.frozen_bytes(config)
+    if name := memory.frozen_name(config):
+        rows[name] = memory.frozen_bytes(config)
     needed, limit = sum(rows.values()), topology.chip.hbm_bytes
     return {
         "fits": needed <= limit,

@@ -148,7 +148,8 @@ def test_the_figures_are_those_of_each_run_alone(report, folder):
         {"answers", "pairs"},
         {"answers", "pairs", "preference"},
     ]
-    for name in ("loss", "accuracy", "accuracy_low", "accuracy_high", "margin", "chosen_reward", "rejected_reward"):
+    margins = ("margin", "margin_low", "margin_high")
+    for name in ("loss", "accuracy", "accuracy_low", "accuracy_high", *margins, "chosen_reward", "rejected_reward"):
         assert results["dpo"]["preference"][name] == pytest.approx(dpo[name], rel=1e-4, abs=1e-6), name
     assert results["dpo"]["preference"]["margin_low"] < dpo["margin"] < results["dpo"]["preference"]["margin_high"]
     for name in ("chosen_logp", "rejected_logp", "pairs"):

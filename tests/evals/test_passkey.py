@@ -242,6 +242,10 @@ def test_a_length_without_room_is_refused_with_what_it_needs(tokenizer):
     with pytest.raises(UserError, match=r"--passkey_lengths: 90 tokens .* give lengths of at least (\d+)") as caught:
         run(GRID._replace(lengths=(1024, 90)), oracle(tokenizer), tokenizer=tokenizer)
     needed = int(str(caught.value).rpartition(" ")[2])
+    with pytest.raises(UserError) as early:
+        passkey_prompts.refuse_short(tokenizer, GRID._replace(lengths=(1024, 90)))
+    assert str(early.value) == str(caught.value)
+    passkey_prompts.refuse_short(tokenizer, GRID._replace(lengths=(1024, needed), depths=(0.0,), trials=1))
     grid = GRID._replace(depths=(0.0,), trials=1)
     assert len(trials(tokenizer, grid, needed)) == 1
     with pytest.raises(UserError):

@@ -15,7 +15,7 @@ from mixtral_jax.losses import Totals, pretrain_loss
 from mixtral_jax.models import decode, lora, mixtral
 from mixtral_jax.optim import make_optimizer
 from mixtral_jax.sharding import named_leaves, path_names, place
-from tests.helpers import assert_trees_close, on_mesh, random_batch, shard, tiny
+from tests.helpers import assert_trees_close, equations, on_mesh, random_batch, shard, tiny
 
 ALL = ("attention", "experts", "router")
 
@@ -185,16 +185,6 @@ def test_unrolled_layers_and_a_frozen_bfloat16_base_agree():
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {np.dtype(np.float32)}
     exact, _ = reference()
     assert float(got) == pytest.approx(float(exact[0]), rel=2e-2)
-
-
-def equations(jaxpr):
-    """All equations of a jaxpr, those of inner ones included."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
 
 
 # Sizes that occur nowhere but in the weights.
