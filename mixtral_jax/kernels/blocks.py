@@ -159,11 +159,11 @@ def _backward(block, keep, saved, dy_MD):
     padded_MD, padded_dy_MD = padded(x_MD, block), padded(dy_MD, block)
     starts_e = jnp.cumsum(group_sizes_e) - group_sizes_e
 
-    def one_expert(dx_MD, inputs):
-        w_gate_DF, w_up_DF, w_down_FD, start, size = inputs
+    def one_expert(carry, inputs):
+        w_gate_DF, w_up_DF, w_down_FD, start, size, e = inputs
 
         def one_block(rows, first, carry):
-            dx_MD, d_gate_DF, d_up_DF, d_down_FD = carry
+            dx_MD, d_gate_eDF, d_up_eDF, d_down_eFD = carry
             at = start + first
             rows_bD = cut(padded_MD, at, rows)
             # Rows past this expert's own belong to the next: their part of the weight gradients must vanish.
@@ -181,17 +181,18 @@ def _backward(block, keep, saved, dy_MD):
             dx_bD = matmul(dg_bF, w_gate_DF, (1, 1)) + matmul(du_bF, w_up_DF, (1, 1))
             return (
                 put(dx_MD, dx_bD, at),
-                d_gate_DF + matmul(rows_bD, dg_bF, (0, 0)),
-                d_up_DF + matmul(rows_bD, du_bF, (0, 0)),
-                d_down_FD + matmul(hidden_bF, dy_bD, (0, 0)),
+                d_gate_eDF.at[e].add(matmul(rows_bD, dg_bF, (0, 0))),
+                d_up_eDF.at[e].add(matmul(rows_bD, du_bF, (0, 0))),
+                d_down_eFD.at[e].add(matmul(hidden_bF, dy_bD, (0, 0))),
             )
 
-        zeros = [jnp.zeros(w.shape, jnp.float32) for w in (w_gate_DF, w_up_DF, w_down_FD)]
-        dx_MD, *grads = over_blocks(size, block, one_block, (dx_MD, *zeros))
-        return dx_MD, [grad.astype(dtype) for grad in grads]
+        return over_blocks(size, block, one_block, carry), None
 
-    dx_MD, grads = lax.scan(one_expert, jnp.zeros_like(padded_MD), (*weights, starts_e, group_sizes_e))
-    return (keep_grouped(dx_MD[:m], group_sizes_e), *grads, None)
+    # All experts' gradients in one carry: as outputs of the scan each would be filled with zeros and copied once more.
+    zeros = [jnp.zeros(w.shape, jnp.float32) for w in weights]
+    inputs = (*weights, starts_e, group_sizes_e, jnp.arange(len(starts_e)))
+    (dx_MD, *grads), _ = lax.scan(one_expert, (jnp.zeros_like(padded_MD), *zeros), inputs)
+    return (keep_grouped(dx_MD[:m], group_sizes_e), *(grad.astype(dtype) for grad in grads), None)
 
 
 grouped_swiglu.defvjp(_forward, _backward)
