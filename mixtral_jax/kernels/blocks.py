@@ -11,6 +11,7 @@ the F-wide values exist for one block at a time and never for M rows.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -113,8 +114,26 @@ def expert_blocks(y_MD, padded_MD, weights, start, size, block: int, kept=()):
     return over_blocks(size, block, one_block, (y_MD, list(kept)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def grouped_swiglu(x_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e, block: int, keep: bool = False):
+class Stacks(NamedTuple):
+    """The expert weights of all layers, and which layer is meant: weights by reference, see `grouped_swiglu`."""
+
+    w_gate_LeDF: jax.Array
+    w_up_LeDF: jax.Array
+    w_down_LeFD: jax.Array
+    layer: jax.Array  # int32 scalar
+
+
+def _expert(weights, e):
+    """The three matrices of expert e: out of this layer's weights, or out of Stacks."""
+    if not isinstance(weights, Stacks):
+        return [lax.dynamic_index_in_dim(w, e, keepdims=False) for w in weights]
+    *stacks, layer = weights
+    return [lax.dynamic_slice(w, (layer, e, 0, 0), (1, 1, *w.shape[2:])).reshape(w.shape[2:]) for w in stacks]
+
+
+def grouped_swiglu(
+    x_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e, block: int, keep: bool = False, stacks: Stacks | None = None
+):
     """SwiGLU experts over grouped rows; see mixtral_jax.kernels for the signature.
 
     Args:
@@ -123,11 +142,18 @@ def grouped_swiglu(x_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e, block:
         group_sizes_e: rows of each expert, int32; the sum may be less than M.
         block: rows of the largest block. Work is wasted only in an expert's last block.
         keep: store gate and up, [M, F] each in x's dtype, for the backward pass.
+        stacks: the same weights again, as a part of all layers' stacks. They are read there, and the arguments above only
+            receive the gradients: a layer's slice of a stack is then never copied out of it. No gradient flows to them.
 
     Returns:
         y_MD in x's dtype, zero after the last group.
     """
-    return _run(x_MD, (w_gate_eDF, w_up_eDF, w_down_eFD), group_sizes_e, block, keep=False)[0]
+    return _grouped(x_MD, (w_gate_eDF, w_up_eDF, w_down_eFD), group_sizes_e, stacks, block, keep)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _grouped(x_MD, weights, group_sizes_e, stacks, block: int, keep: bool):
+    return _run(x_MD, stacks or weights, group_sizes_e, block, keep=False)[0]
 
 
 def _run(x_MD, weights, group_sizes_e, block: int, keep: bool):
@@ -138,32 +164,43 @@ def _run(x_MD, weights, group_sizes_e, block: int, keep: bool):
     kept = [jnp.zeros(wide, x_MD.dtype) for _ in range(2)] if keep else []
 
     def one_expert(carry, inputs):
-        *weights, start, size = inputs
+        e, start, size = inputs
         y_MD, kept = carry
-        return expert_blocks(y_MD, padded_MD, weights, start, size, block, kept), None
+        return expert_blocks(y_MD, padded_MD, _expert(weights, e), start, size, block, kept), None
 
-    carry = (jnp.zeros_like(padded_MD), kept)
-    (y_MD, kept), _ = lax.scan(one_expert, carry, (*weights, starts_e, group_sizes_e))
+    inputs = (jnp.arange(len(starts_e)), starts_e, group_sizes_e)
+    (y_MD, kept), _ = lax.scan(one_expert, (jnp.zeros_like(padded_MD), kept), inputs)
     return keep_grouped(y_MD[: x_MD.shape[0]], group_sizes_e), kept
 
 
-def _forward(x_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e, block, keep):
-    weights = (w_gate_eDF, w_up_eDF, w_down_eFD)
-    y_MD, kept = _run(x_MD, weights, group_sizes_e, block, keep)
-    return y_MD, (x_MD, weights, group_sizes_e, kept)
+def _forward(x_MD, weights, group_sizes_e, stacks, block, keep):
+    # Frozen weights (with LoRA) get no gradient: XLA would not see that nobody reads what the loops add up. The answer
+    # goes to the backward pass as structure: an empty tuple or None.
+    learn = () if any(w.perturbed for w in weights) else None
+    values = jax.tree.map(lambda a: a.value, (x_MD, weights, group_sizes_e, stacks), is_leaf=_is_primal)
+    x_MD, weights, group_sizes_e, stacks = values
+    y_MD, kept = _run(x_MD, stacks or weights, group_sizes_e, block, keep)
+    return y_MD, (x_MD, stacks or weights, group_sizes_e, kept, learn)
+
+
+def _is_primal(leaf) -> bool:
+    return isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)
 
 
 def _backward(block, keep, saved, dy_MD):
-    x_MD, weights, group_sizes_e, kept = saved
+    x_MD, weights, group_sizes_e, kept, learn = saved
     m, dtype = x_MD.shape[0], x_MD.dtype
+    if isinstance(dy_MD, jax.custom_derivatives.SymbolicZero):
+        dy_MD = jnp.zeros(x_MD.shape, dtype)
     padded_MD, padded_dy_MD = padded(x_MD, block), padded(dy_MD, block)
     starts_e = jnp.cumsum(group_sizes_e) - group_sizes_e
 
     def one_expert(carry, inputs):
-        w_gate_DF, w_up_DF, w_down_FD, start, size, e = inputs
+        e, start, size = inputs
+        w_gate_DF, w_up_DF, w_down_FD = _expert(weights, e)
 
         def one_block(rows, first, carry):
-            dx_MD, d_gate_eDF, d_up_eDF, d_down_eFD = carry
+            dx_MD, *grads = carry
             at = start + first
             rows_bD = cut(padded_MD, at, rows)
             # Rows past this expert's own belong to the next: their part of the weight gradients must vanish.
@@ -179,20 +216,20 @@ def _backward(block, keep, saved, dy_MD):
             dg_bF = (dh_bF * up_bF * slope_bF).astype(dtype)
             du_bF = (dh_bF * silu_bF).astype(dtype)
             dx_bD = matmul(dg_bF, w_gate_DF, (1, 1)) + matmul(du_bF, w_up_DF, (1, 1))
-            return (
-                put(dx_MD, dx_bD, at),
-                d_gate_eDF.at[e].add(matmul(rows_bD, dg_bF, (0, 0))),
-                d_up_eDF.at[e].add(matmul(rows_bD, du_bF, (0, 0))),
-                d_down_eFD.at[e].add(matmul(hidden_bF, dy_bD, (0, 0))),
-            )
+            pairs = [(rows_bD, dg_bF), (rows_bD, du_bF), (hidden_bF, dy_bD)]
+            if grads:
+                grads = [d_w.at[e].add(matmul(*pair, (0, 0))) for d_w, pair in zip(grads, pairs, strict=True)]
+            return put(dx_MD, dx_bD, at), *grads
 
         return over_blocks(size, block, one_block, carry), None
 
     # All experts' gradients in one carry: as outputs of the scan each would be filled with zeros and copied once more.
-    zeros = [jnp.zeros(w.shape, jnp.float32) for w in weights]
-    inputs = (*weights, starts_e, group_sizes_e, jnp.arange(len(starts_e)))
+    shapes = [(len(starts_e), *w.shape[-2:]) for w in weights[:3]]
+    zeros = [] if learn is None else [jnp.zeros(shape, jnp.float32) for shape in shapes]
+    inputs = (jnp.arange(len(starts_e)), starts_e, group_sizes_e)
     (dx_MD, *grads), _ = lax.scan(one_expert, (jnp.zeros_like(padded_MD), *zeros), inputs)
-    return (keep_grouped(dx_MD[:m], group_sizes_e), *(grad.astype(dtype) for grad in grads), None)
+    grads = None if learn is None else tuple(grad.astype(dtype) for grad in grads)
+    return keep_grouped(dx_MD[:m], group_sizes_e), grads, None, None
 
 
-grouped_swiglu.defvjp(_forward, _backward)
+_grouped.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -7,6 +7,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.kernels.blocks import Stacks
 from mixtral_jax.models import attention, lora, moe
 from mixtral_jax.models.layers import apply_rope, embed, normal, rms_norm, rope_table
 from mixtral_jax.models.lora import LayerAdapters
@@ -87,10 +88,11 @@ class Block(nnx.Module):
             out_BTD = self.lora.attention("o", out_BTNH, out_BTD)
         return constrain(out_BTD, "BTD"), keys_values
 
-    def experts(self, x_BTD, valid_BT, separate=None):
+    def experts(self, x_BTD, valid_BT, separate=None, stacks=None):
         """Mixture of experts; returns [B, T, D] in x's dtype, RouterStats and Choices.
 
-        `separate` replaces the stacked weights of the block: see moe.separate_experts.
+        `separate` replaces the stacked weights of the block: see moe.separate_experts. `stacks` are all layers' weights,
+        to read this one's out of them: see kernels/blocks.py.
         """
         dtype = x_BTD.dtype
         # HIGHEST: by default a GPU rounds float32 operands to tf32 and a TPU to bf16, and near-ties would flip.
@@ -105,7 +107,8 @@ class Block(nnx.Module):
             weights = (w[...].astype(dtype) for w in (self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD))
             adapters = None if self.lora is None else self.lora.experts()
             scale = 1.0 if adapters is None else lora.scale(self.lora.config)
-            out_BTD, computed = moe.experts(x_BTD, gates_BTK, index_BTK, *weights, self.config, adapters, scale)
+            given = (x_BTD, gates_BTK, index_BTK, *weights, self.config, adapters, scale, stacks)
+            out_BTD, computed = moe.experts(*given)
         else:
             out_BTD, computed = moe.separate_experts(x_BTD, gates_BTK, index_BTK, separate, self.config)
         # In int32: a pod's batch has more than the 2^24 assignments up to which float32 counts, and some would seem dropped.
@@ -113,22 +116,26 @@ class Block(nnx.Module):
         out_BTD, stats = constrain(out_BTD, "BTD"), stats._replace(dropped=(sent - computed).astype(jnp.float32))
         return out_BTD, stats, moe.Choices(index_BTK, gates_BTK, logits_BTE)
 
-    def __call__(self, x_BTD, rope, segment_ids_BT, positions_BT, slots=None, separate=None):
-        """Runs the layer; training leaves out the last two arguments, which are for generation (models/decode.py).
+    def expert_stacks(self):
+        """The expert weights as they are, of all layers where this is their stack; no gradient flows through them."""
+        return [lax.stop_gradient(w[...]) for w in (self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD)]
+
+    def __call__(self, x_BTD, rope, segment_ids_BT, positions_BT, slots=None, separate=None, stacks=None):
+        """Runs the layer; `slots` and `separate` are for generation (models/decode.py).
 
         Args:
             x_BTD: in the compute dtype.
             rope: rope_table of the positions.
             segment_ids_BT: int32 document of each token; 0, padding, goes to no expert.
             positions_BT: int32 position of each token in its document; with `slots` those say it.
-            slots, separate: see `attention` and `experts`.
+            slots, separate, stacks: see `attention` and `experts`.
 
         Returns:
             the output [B, T, D], its RouterStats, and the keys and values [B, S, G, H] that were attended to.
         """
-        return self.observed(x_BTD, rope, segment_ids_BT, positions_BT, slots, separate)[:3]
+        return self.observed(x_BTD, rope, segment_ids_BT, positions_BT, slots, separate, stacks)[:3]
 
-    def observed(self, x_BTD, rope, segment_ids_BT, positions_BT, slots=None, separate=None):
+    def observed(self, x_BTD, rope, segment_ids_BT, positions_BT, slots=None, separate=None, stacks=None):
         """What __call__ returns, and the router's Choices."""
         eps = self.config.norm_eps
         with jax.named_scope("attention"):
@@ -137,7 +144,7 @@ class Block(nnx.Module):
             x_BTD = x_BTD + checkpoint_name(out_BTD, "attention_out")
         with jax.named_scope("experts"):
             normed_BTD = rms_norm(x_BTD, self.experts_norm_D[...], eps)
-            out_BTD, stats, choices = self.experts(normed_BTD, segment_ids_BT > 0, separate)
+            out_BTD, stats, choices = self.experts(normed_BTD, segment_ids_BT > 0, separate, stacks)
             x_BTD = x_BTD + checkpoint_name(out_BTD, "experts_out")
         return x_BTD, stats, keys_values, choices
 
@@ -171,12 +178,16 @@ class Mixtral(nnx.Module):
         x_BTD = constrain(embed(self.embedding_VD[...], tokens_BT, c.dtype), "BTD")
         rope = rope_table(positions_BT, c.head_dim, c.rope_theta)
 
-        def body(x_BTD, block):
-            return block(checkpoint_name(x_BTD, "layer_in"), rope, segment_ids_BT, positions_BT)[:2]
+        whole = self.layers.expert_stacks() if c.scan_layers and moe.reads_stacks(c) else None
+
+        def body(x_BTD, inputs):
+            block, layer = inputs
+            stacks = None if whole is None else Stacks(*whole, layer)
+            return block(checkpoint_name(x_BTD, "layer_in"), rope, segment_ids_BT, positions_BT, stacks=stacks)[:2]
 
         if c.remat != "none":
             body = jax.checkpoint(body, policy=REMAT[c.remat], prevent_cse=not c.scan_layers)
-        x_BTD, stats_L = scan_layers(body, x_BTD, self.layers, c)
+        x_BTD, stats_L = scan_layers(body, x_BTD, (self.layers, jnp.arange(c.num_layers)), c)
         return rms_norm(x_BTD, self.final_norm_D[...], c.norm_eps), stats_L
 
     def __call__(self, tokens_BT, positions_BT, segment_ids_BT):

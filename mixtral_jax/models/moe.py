@@ -16,6 +16,7 @@ from mixtral_jax import backends
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels import BACKENDS, separate
 from mixtral_jax.kernels.adapters import ExpertAdapters, grouped_swiglu_lora
+from mixtral_jax.kernels.blocks import Stacks
 from mixtral_jax.models import dispatch
 from mixtral_jax.models.permute import permute, sort_by_expert, unpermute
 from mixtral_jax.sharding import act_spec, param_spec, suffix
@@ -52,6 +53,16 @@ class Choices(NamedTuple):
     index_BTK: jax.Array  # int32 experts, the first choice first; E where the token is padding
     gates_BTK: jax.Array  # float32; 0 where the token is padding
     logits_BTE: jax.Array  # float32, adapters included and the balancing bias not
+
+
+def reads_stacks(config: ModelConfig) -> bool:
+    """Whether layers read expert weights out of all layers' stacks (kernels/blocks.py:Stacks).
+
+    On one device, in float32: elsewhere a layer's weights are gathered or cast first, which is a copy anyhow.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    alone = mesh.empty or mesh.size == 1
+    return alone and config.dtype == "float32" and backends.resolve(config).expert_backend == "blocks"
 
 
 def top_k(score_BTE, k: int):
@@ -117,6 +128,7 @@ def local_experts(
     adapters: ExpertAdapters | None = None,
     scale: float = 1.0,
     exact: bool = True,
+    stacks: Stacks | None = None,
 ):
     """Permute, experts, unpermute on the experts that are here.
 
@@ -130,17 +142,24 @@ def local_experts(
             kernels/adapters.py, whatever config.expert_backend says.
         scale: of the adapters' products.
         exact: the assignments are to experts that are here, all of them; see `_multiply`.
+        stacks: the weights by reference, where `reads_stacks`.
 
     Returns:
         out_BTD (the part of these experts), computed: number of assignments that were computed, int32.
     """
     weights = (w_gate_eDF, w_up_eDF, w_down_eFD)
-    multiply = _multiply(weights, x_BTD.shape[0] * x_BTD.shape[1], config, adapters, scale, exact)
+    multiply = _multiply(weights, x_BTD.shape[0] * x_BTD.shape[1], config, adapters, scale, exact, stacks)
     return _sorted_experts(x_BTD, gates_BTK, index_BTK, w_gate_eDF.shape[0], multiply)
 
 
 def _multiply(
-    weights, tokens: int, config: ModelConfig, adapters: ExpertAdapters | None, scale: float, exact: bool
+    weights,
+    tokens: int,
+    config: ModelConfig,
+    adapters: ExpertAdapters | None,
+    scale: float,
+    exact: bool,
+    stacks: Stacks | None = None,
 ) -> Callable:
     """The kernel as a function of grouped rows; no expert has more rows than `tokens`.
 
@@ -152,8 +171,8 @@ def _multiply(
         return lambda rows_MD, sizes_e: grouped_swiglu_lora(rows_MD, weights, adapters, sizes_e, block, scale)
     backend = backends.resolve(config).expert_backend
     grouped_swiglu = BACKENDS[backend]
-    if backend == "blocks" and exact and config.remat == "none":
-        grouped_swiglu = functools.partial(grouped_swiglu, keep=True)
+    if backend == "blocks":
+        grouped_swiglu = functools.partial(grouped_swiglu, keep=exact and config.remat == "none", stacks=stacks)
     return lambda rows_MD, group_sizes_e: grouped_swiglu(rows_MD, *weights, group_sizes_e, block)
 
 
@@ -218,6 +237,7 @@ def experts(
     config: ModelConfig,
     adapters: ExpertAdapters | None = None,
     scale: float = 1.0,
+    stacks: Stacks | None = None,
 ):
     """The experts on any mesh; without a mesh, `local_experts`. Same arguments, whole arrays.
 
@@ -227,7 +247,7 @@ def experts(
     weights = (w_gate_EDF, w_up_EDF, w_down_EFD)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return local_experts(x_BTD, gates_BTK, index_BTK, *weights, config, adapters, scale)
+        return local_experts(x_BTD, gates_BTK, index_BTK, *weights, config, adapters, scale, stacks=stacks)
     if mesh.shape[dispatch.AXIS] == 1:
         travel = local_experts  # TPUs refuse an exchange among one
     else:

@@ -77,6 +77,23 @@ def test_blocks_of_all_sizes_equal_dense(sizes, keep):
     assert_same(kept(256, keep)(*arrays, groups), program("dense", 0)(*arrays, groups))
 
 
+def test_weights_read_out_of_all_layers_stacks_equal_those_given():
+    """The second of three layers; the weights that are given are of no account, but theirs are the gradients."""
+    x, *weights, dy = inputs()
+    sizes = jnp.asarray(GROUPS["rows_left_over"], jnp.int32)
+    stacks = blocks.Stacks(*(jnp.stack([w + 1, w, w - 1]) for w in weights), jnp.int32(1))
+    elsewhere = [jnp.full_like(w, jnp.nan) for w in weights]
+
+    @functools.partial(jax.jit, static_argnames="keep")
+    def both(x, weights, stacks, keep):
+        y, pull = jax.vjp(lambda x, *w: blocks.grouped_swiglu(x, *w, sizes, 8, keep, stacks), x, *weights)
+        return [y, *pull(dy)]
+
+    want = run("dense", GROUPS["rows_left_over"], 8)
+    for keep in (False, True):
+        assert_same(both(x, elsewhere, stacks, keep), want)
+
+
 @pytest.mark.parametrize("block", [512, 256, 64, 96, 8, 7, 1])
 def test_blocks_cover_all_rows_and_less_than_one_smallest_block_more(block):
     """Each row once, in order, whatever the number of rows."""
