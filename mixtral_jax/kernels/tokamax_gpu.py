@@ -15,9 +15,9 @@ from mixtral_jax.config import UserError
 from mixtral_jax.kernels import whole
 from mixtral_jax.kernels.chunks import Products, chunk_rows, swiglu
 
-_PLAIN = RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])  # MD,eDF->MF
-_TRANSPOSED = RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])  # MF,eDF->MD
-_OUTER = RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])  # MD,MF->eDF
+PLAIN = RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])  # MD,eDF->MF
+TRANSPOSED = RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])  # MF,eDF->MD
+OUTER = RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])  # MD,MF->eDF
 
 
 # In the order of trial; one that does not know a product or a dtype hands on to the next. Never "xla" on a GPU: it can fall
@@ -50,12 +50,12 @@ def products(implementation: tuple[str, ...] = GPU) -> Products:
 
     def outer(x_MD, y_MF, group_sizes_e, dtype):
         # Triton's kernel (0.0.12) runs one iteration for an expert without rows, on the rows before its start: others'.
-        product_eDF = multiply(x_MD, y_MF, group_sizes_e, _OUTER, dtype)
+        product_eDF = multiply(x_MD, y_MF, group_sizes_e, OUTER, dtype)
         return jnp.where(group_sizes_e[:, None, None] > 0, product_eDF, 0)
 
     return Products(
-        dot=lambda x_MD, w_eDF, sizes_e: multiply(x_MD, w_eDF, sizes_e, _PLAIN, x_MD.dtype),
-        dot_transposed=lambda y_MF, w_eDF, sizes_e: multiply(y_MF, w_eDF, sizes_e, _TRANSPOSED, y_MF.dtype),
+        dot=lambda x_MD, w_eDF, sizes_e: multiply(x_MD, w_eDF, sizes_e, PLAIN, x_MD.dtype),
+        dot_transposed=lambda y_MF, w_eDF, sizes_e: multiply(y_MF, w_eDF, sizes_e, TRANSPOSED, y_MF.dtype),
         add_outer=lambda total_eDF, x_MD, y_MF, sizes_e: total_eDF + outer(x_MD, y_MF, sizes_e, jnp.float32),
         outer=lambda x_MD, y_MF, sizes_e: outer(x_MD, y_MF, sizes_e, x_MD.dtype),
     )
