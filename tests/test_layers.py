@@ -25,6 +25,7 @@ LAYERS = [
         "memory",
         "saving",
         "compilation_cache",
+        "xla_flags",
         "interrupt",
     },
     {
