@@ -89,6 +89,7 @@ class Candidate:
         """Ends the process."""
         self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
 
     def _line(self) -> dict | None:
         for line in self._process.stdout:

@@ -207,14 +207,16 @@ def decoding(rows: int):
         first = np.asarray(logits_BV.argmax(-1)).astype(np.int32)
         start = jax.device_get(cache)
 
-        def loop() -> None:
-            np.asarray(_loop(weights, jax.device_put(start), first, active, shape["new_tokens"]))
+        def loop() -> np.ndarray:
+            return np.asarray(_loop(weights, jax.device_put(start), first, active, shape["new_tokens"]))
 
-        def run() -> None:
-            token_B, held = first, jax.device_put(start)
+        def run() -> np.ndarray:
+            token_B, held, made = first, jax.device_put(start), []
             for _ in range(shape["new_tokens"]):
                 logits_BV, held = decode(weights, held, token_B, active)
                 token_B = np.asarray(logits_BV.argmax(-1)).astype(np.int32)
+                made.append(token_B)
+            return np.stack(made)
 
         return loop if "loop" in options_of(candidate) else run
 

@@ -30,9 +30,7 @@ def _model(candidate: str, shape: dict):
     kind = candidate.removeprefix("transformers-")
     config._experts_implementation = "eager" if kind == "compile" else kind
     with torch.device(shape["device"]):  # made there: at full width the host would take minutes
-        torch.set_default_dtype(getattr(torch, shape["dtype"]))
-        model = transformers.MixtralForCausalLM(config)
-    return model
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, shape["dtype"]))
 
 
 def about(shape: dict) -> dict:

@@ -63,7 +63,7 @@ def _say(what: dict) -> None:
     print(json.dumps(what), flush=True)
 
 
-Run = Callable[[], None]
+Run = Callable[[], object]
 
 if __name__ == "__main__":
     main()

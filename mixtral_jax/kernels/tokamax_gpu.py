@@ -12,8 +12,10 @@ from absl import flags
 from jax.lax import RaggedDotDimensionNumbers
 
 from mixtral_jax.config import UserError
-from mixtral_jax.kernels import whole
-from mixtral_jax.kernels.chunks import Products, chunk_rows, swiglu
+from mixtral_jax.kernels.chunks import Products, chunk_rows
+from mixtral_jax.kernels.chunks import swiglu as swiglu_in_chunks
+from mixtral_jax.kernels.whole import fits
+from mixtral_jax.kernels.whole import swiglu as swiglu_whole
 
 PLAIN = RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])  # MD,eDF->MF
 TRANSPOSED = RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])  # MF,eDF->MD
@@ -73,6 +75,6 @@ def grouped_swiglu(x_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e, block:
     """
     by = by or products()
     m, (e, d, _) = x_MD.shape[0], w_gate_eDF.shape
-    if whole.fits(m, e, d):
-        return whole.swiglu(x_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e, by)
-    return swiglu(x_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e, chunk_rows(m, block), by)
+    if fits(m, e, d):
+        return swiglu_whole(x_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e, by)
+    return swiglu_in_chunks(x_MD, w_gate_eDF, w_up_eDF, w_down_eFD, group_sizes_e, chunk_rows(m, block), by)
