@@ -42,8 +42,11 @@ def keep_grouped(y_MD, group_sizes_e):
     return jnp.where(rows_M[:, None] < group_sizes_e.sum(), y_MD, 0)
 
 
-def expert_blocks(y_MD, padded_MD, weights, start, size, block: int):
-    """Runs one expert over the blocks of its own rows, `size` rows from `start`, and writes the results into y_MD."""
+def expert_blocks(y_MD, padded_MD, weights, start, size, block: int, once: bool = False):
+    """Runs one expert over the blocks of its own rows, `size` rows from `start`, and writes the results into y_MD.
+
+    `once` promises that `size` is at most `block`, and makes the loop a branch.
+    """
     w_gate_DF, w_up_DF, w_down_FD = weights
     dtype = padded_MD.dtype
 
@@ -56,6 +59,8 @@ def expert_blocks(y_MD, padded_MD, weights, start, size, block: int):
         out_bD = matmul(hidden_bF, w_down_FD, (1, 0)).astype(dtype)
         return lax.dynamic_update_slice(y_MD, out_bD, (at, 0))
 
+    if once:
+        return lax.cond(size > 0, functools.partial(one_block, 0), lambda y_MD: y_MD, y_MD)
     return lax.fori_loop(0, count_blocks(size, block), one_block, y_MD)
 
 
