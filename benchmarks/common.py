@@ -41,6 +41,12 @@ def today() -> str:
     return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
+def device_slug(device: str) -> str:
+    """A short name of a GPU for files: "NVIDIA H100 80GB HBM3" -> "h100"."""
+    words = device.lower().replace("-", " ").split()
+    return next((word for word in words if word[0] in "abhlv" and word[1:].isdigit()), "other")
+
+
 def machine(device: str | None = None) -> dict[str, str | int]:
     """The machine and the versions that a result depends on; `device` where this process is not the one that used it."""
     model = next(

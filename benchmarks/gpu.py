@@ -24,7 +24,7 @@ from importlib.metadata import version
 from matplotlib.figure import Figure
 
 from benchmarks import ours
-from benchmarks.common import RESULTS, today, write
+from benchmarks.common import RESULTS, device_slug, today, write
 from benchmarks.cpu import OURS, Candidate, unit_tokens, useful_flops
 from benchmarks.worker import build
 from mixtral_jax.xla_flags import GPU_SETS, added
@@ -289,8 +289,7 @@ def draw(results: dict[str, dict]) -> Figure:
 
 def save(results: dict[str, dict], device: str) -> None:
     """Merges with the day's file of this device and writes table, JSON and plot."""
-    kind = next((word for word in device.lower().split() if word[0] in "abhlv" and word[1:].isdigit()), "other")
-    name = f"gpu-{kind}"
+    name = f"gpu-{device_slug(device)}"
     path = RESULTS / f"{today()}-{name}.json"
     results = merged(json.loads(path.read_text())["results"] if path.exists() else {}, results)
     versions = {each: version(each) for each in ("torch", "transformers", "tokamax") if importlib.util.find_spec(each)}
@@ -322,11 +321,9 @@ def parsed(arguments: list[str] | None):
         if wrong:
             parser.error(f"--{key}: there is no {', '.join(wrong)}; there are {', '.join(there)}")
     for name in filter(None, found.candidates.split(",")):
-        option = next((o for o in ours.options_of(name) if o not in (*ours.GROUPED, *ours.FORMS, *ours.REMAT)), None)
+        option = next((o for o in ours.options_of(name) if o not in ours.OPTIONS), None)
         if name.startswith(OURS) and option:
-            parser.error(
-                f"--candidates: {name} has no option {option}; there are {', '.join((*ours.GROUPED, *ours.FORMS, *ours.REMAT))}"
-            )
+            parser.error(f"--candidates: {name} has no option {option}; there are {', '.join(ours.OPTIONS)}")
         if name.partition("@")[2] not in ("", *GPU_SETS):
             parser.error(f"--candidates: {name} names no set of flags; there are {', '.join(GPU_SETS)}")
         if not name.startswith((OURS, "transformers-")):

@@ -1,7 +1,8 @@
 """What benchmarks/cpu.py and gpu.py measure of mixtral_jax: a function for each case that does it once and waits for the end.
 
 A candidate is mixtral_jax[-OPTION...][@FLAGS]. An option is one of grouped.GROUPED (how experts multiply), of FORMS (how
-decoding has its weights), or remat_ and one of model.remat; the flags are in the environment already.
+decoding has its weights), remat_ and one of model.remat, offload (Adam's moments in host memory), or
+tuned (tokamax's tiles are those of benchmarks/tune.py); the flags are in the environment already.
 """
 
 import dataclasses
@@ -40,6 +41,7 @@ MODEL = (
 
 FORMS = ("prepared", "stacked", "loop")
 REMAT = tuple(f"remat_{name}" for name in ("none", "outputs", "dots", "full"))
+OPTIONS = (*GROUPED, *FORMS, *REMAT, "tuned", "offload")
 
 
 def options_of(candidate: str) -> list[str]:
@@ -66,11 +68,24 @@ def config_of(candidate: str, shape: dict) -> Config:
             model = dataclasses.replace(model, expert_backend=option)
         elif option in REMAT:
             model = dataclasses.replace(model, remat=option.removeprefix("remat_"))
+        elif option == "offload":
+            config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, offload=True))
+        elif option == "tuned":
+            _use_tiles()
         elif option not in FORMS:
-            raise ValueError(
-                f"{candidate}: there is no option {option}; there are {', '.join((*GROUPED, *FORMS, *REMAT))}"
-            )
+            raise ValueError(f"{candidate}: there is no option {option}; there are {', '.join(OPTIONS)}")
     return dataclasses.replace(config, model=model)
+
+
+def _use_tiles() -> None:
+    """tokamax's calls in this process find the tiles that benchmarks/tune.py has found on this device."""
+    from benchmarks import tune
+
+    path = tune.path_of(jax.devices()[0].device_kind)
+    found = tune.load(path)
+    if found is None:
+        raise ValueError(f"{path} is not there; python -m benchmarks.tune makes it")
+    found.__enter__()  # until the process ends
 
 
 def about(shape: dict) -> dict:

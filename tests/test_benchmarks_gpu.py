@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from benchmarks import common, cpu, gpu, ours
+from benchmarks import common, cpu, gpu, ours, tune
 from mixtral_jax.metrics import flops_per_token
 from mixtral_jax.models import mixtral
 
@@ -180,3 +180,36 @@ def test_without_a_gpu_it_says_so(alone, monkeypatch):
     monkeypatch.setattr(gpu, "WIDTH", gpu.WIDTH | dict(square=64, copied=2**12))
     with pytest.raises(SystemExit, match="no GPU here, it runs on cpu; --small"):
         gpu.main(["--cases=moe_forward", "--rounds=1"])
+
+
+def test_tiles_are_found_product_by_product_and_used(tmp_path, monkeypatch):
+    """tokamax's XLA implementation stands in for its kernels: what is tested is that none is tuned twice and all are kept."""
+    tokamax = pytest.importorskip("tokamax", reason="optional: pip install -r requirements-gpu.txt")
+    from absl import flags
+
+    flags.FLAGS.mark_as_parsed()
+    monkeypatch.setattr(tune, "RESULTS", tmp_path)
+    shape, path = gpu.shape_of("moe_train", True), tune.path_of("cpu")
+    with pytest.raises(ValueError, match=r"python -m benchmarks\.tune makes it"):
+        ours.config_of("mixtral_jax-tuned", shape)
+    assert tune.tune(shape, "xla", path, -1.0) == list(tune.products_of(shape)), "no minute is left"
+    tuned = []
+    real = tokamax.autotune
+    monkeypatch.setattr(
+        tokamax, "autotune", lambda calls, **_: (tuned.extend(calls), real(calls, progress_bar=False))[1]
+    )
+    assert tune.tune(shape, "xla", path, 5.0) == []
+    assert len(tuned) == len(tune.load(path).data) == 6
+    assert tune.tune(shape, "xla", path, 5.0) == []
+    assert len(tuned) == 6
+
+
+def test_the_products_are_those_of_the_layer():
+    """Six shapes for nine products of M D F: gate and up are alike, d_gate and d_up, and their parts of dx."""
+    shape = gpu.shape_of("moe_train", False)
+    m, d, f = 2 * 4096 * 2, 4096, 14336
+    for a, b, numbers in tune.products_of(shape).values():
+        (left,), (right,) = numbers.dot_dimension_numbers[0]
+        assert a[left] == b[right]
+        assert {m, d, f} <= set(a) | set(b)
+    assert cpu.useful_flops("moe_train", shape) == pytest.approx(9 * 2 * m * d * f, rel=1e-3)
