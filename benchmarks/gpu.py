@@ -75,13 +75,13 @@ CHANGES = {
 }
 PEERS = [f"transformers-{name}" for name in ("eager", "grouped_mm", "batched_mm", "compile")]
 EXPERTS = [f"mixtral_jax-{name}" for name in ("tokamax_mosaic", "tokamax_triton", "ragged_dot", "blocks")]
-FORMS = ["mixtral_jax", "mixtral_jax-loop", "mixtral_jax-stacked"]
+FORMS = ["mixtral_jax", "mixtral_jax-loop", "mixtral_jax-picked", "mixtral_jax-picked-loop", "mixtral_jax-stacked"]
 
 
 def defaults(case: str) -> list[str]:
     """What is measured in a case where the caller names nothing."""
     if case == "prefill":
-        return ["mixtral_jax", "mixtral_jax-stacked", *PEERS]
+        return ["mixtral_jax", "mixtral_jax-picked", "mixtral_jax-stacked", *PEERS]
     return (FORMS if case.startswith("decode") else EXPERTS) + PEERS
 
 

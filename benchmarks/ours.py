@@ -39,7 +39,7 @@ MODEL = (
 )
 
 
-FORMS = ("prepared", "stacked", "loop")
+FORMS = ("prepared", "picked", "stacked", "loop")
 REMAT = tuple(f"remat_{name}" for name in ("none", "outputs", "dots", "full"))
 OPTIONS = (*GROUPED, *FORMS, *REMAT, "tuned", "offload")
 
@@ -188,7 +188,7 @@ def moe_train(candidate: str, shape: dict) -> Run:
 def _weights(candidate: str, shape: dict):
     config = config_of(candidate, shape).model
     model = jax.jit(lambda key: _in_dtype(mixtral.init(config, key), config.dtype))(jax.random.key(0))
-    return model if "stacked" in options_of(candidate) else prepare(model)
+    return model if "stacked" in options_of(candidate) else prepare(model, "picked" in options_of(candidate))
 
 
 def prefill_case(candidate: str, shape: dict) -> Run:

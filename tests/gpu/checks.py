@@ -201,7 +201,7 @@ def check_decode(form: str, rows: int, tolerance=0.03, **changes):
     at most half may be such.
     """
     config, model = model_of(num_layers=1, dtype="bfloat16", expert_backend="auto", attention="auto", **changes)
-    weights = {"stacked": lambda m: m, "prepared": prepare}[form](model)
+    weights = {"stacked": lambda m: m, "prepared": prepare, "picked": lambda m: prepare(m, stacked=True)}[form](model)
     width, start = 24, 8
     tokens = np.random.default_rng(SEED).integers(0, config.vocab_size, (rows, width)).astype(np.int32)
     clear_BT = np.asarray(jax.jit(margins, static_argnums=0)(config, model, jnp.asarray(tokens))) > 0.05

@@ -90,7 +90,9 @@ def test_cudnn_with_more_documents_than_it_takes_equals_plain():
     checks.check_attention(cudnn.attend, 1024, 32, 8, 128, 0, documents=20)
 
 
-@pytest.mark.parametrize(("form", "rows"), [("stacked", 1), ("stacked", 8), ("prepared", 1), ("prepared", 8)])
+@pytest.mark.parametrize(
+    ("form", "rows"), [(form, rows) for form in ("stacked", "prepared", "picked") for rows in (1, 8)]
+)
 def test_decode_equals_prefill(form, rows):
     checks.check_decode(form, rows, **MIXTRAL)
 

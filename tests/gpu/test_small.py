@@ -77,7 +77,7 @@ def test_the_check_of_attention_fails_without_documents():
         checks.check_attention(blind, 64, 4, 2, 16, 0)
 
 
-@pytest.mark.parametrize(("form", "rows"), [("stacked", 3), ("prepared", 1)])
+@pytest.mark.parametrize(("form", "rows"), [("stacked", 3), ("prepared", 1), ("picked", 2), ("picked", 3)])
 def test_decode_equals_prefill(form, rows):
     checks.check_decode(form, rows, **MODEL)
 
