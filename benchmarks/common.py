@@ -36,31 +36,42 @@ def interleaved(cases: dict[str, Callable], rounds: int) -> dict[str, dict[str, 
     return {name: {"median": statistics.median(s), "min": min(s), "max": max(s)} for name, s in seconds.items()}
 
 
-def machine() -> dict[str, str | int]:
-    """The machine and the versions that a result depends on."""
+def today() -> str:
+    """The date of results."""
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
+def device_slug(device: str) -> str:
+    """A short name of a GPU for files: "NVIDIA H100 80GB HBM3" -> "h100"."""
+    words = device.lower().replace("-", " ").split()
+    return next((word for word in words if word[0] in "abhlv" and word[1:].isdigit()), "other")
+
+
+def machine(device: str | None = None) -> dict[str, str | int]:
+    """The machine and the versions that a result depends on; `device` where this process is not the one that used it."""
     model = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.machine(),
     )
-    device = jax.devices()[0]
+    device = device or jax.devices()[0].device_kind
     versions = {name: version(name) for name in ("jax", "jaxlib", "numpy")}
     return {
         "cpu": model,
         "cores": os.cpu_count(),
-        "device": device.device_kind,
+        "device": device,
         "python": platform.python_version(),
     } | versions
 
 
-def write(name: str, title: str, columns: list[str], rows: list[list], extra: dict) -> None:
-    """Prints a table and writes results/DATE-NAME.json and .md."""
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+def write(name: str, title: str, columns: list[str], rows: list[list], extra: dict, device: str | None = None) -> None:
+    """Prints a table and writes results/DATE-NAME.json and .md; for `device` see machine."""
+    date, here = today(), machine(device)
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
-    about = ", ".join(f"{key} {value}" for key, value in machine().items())
+    about = ", ".join(f"{key} {value}" for key, value in here.items())
     RESULTS.mkdir(exist_ok=True)
-    text = f"# {title}\n\n{today}; {about}.\n\n" + "\n".join(lines) + "\n"
-    (RESULTS / f"{today}-{name}.md").write_text(text)
-    record = {"date": today, "machine": machine(), "columns": columns, "rows": rows, **extra}
-    (RESULTS / f"{today}-{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    text = f"# {title}\n\n{date}; {about}.\n\n" + "\n".join(lines) + "\n"
+    (RESULTS / f"{date}-{name}.md").write_text(text)
+    record = {"date": date, "machine": here, "columns": columns, "rows": rows, **extra}
+    (RESULTS / f"{date}-{name}.json").write_text(json.dumps(record, indent=2) + "\n")
     print(text)

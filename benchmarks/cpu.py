@@ -36,6 +36,10 @@ SHAPE = dict(
     seq_len=512,
     prompt=32,
     new_tokens=16,
+    dtype="float32",
+    moments="float32",
+    remat="none",
+    device="cpu",
 )
 SMALL = SHAPE | dict(
     vocab_size=512,
@@ -56,15 +60,20 @@ CASES = ("train", "moe_forward", "moe_train", "prefill", "decode_1", "decode_8",
 class Candidate:
     """A worker process."""
 
-    def __init__(self, case: str, name: str, shape: dict):
+    def __init__(self, case: str, name: str, shape: dict, environment: dict[str, str] | None = None):
         command = [sys.executable, "-m", "benchmarks.worker", case, name, json.dumps(shape)]
-        self.name, self.seconds, self.peak = name, [], 0
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.name, self.seconds, self.peak, self.about = name, [], 0, {}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
 
     def ready(self) -> float | None:
         """Waits until it is warm; seconds from its imports to the end of the first run, None if it cannot run."""
         found = self._line()
-        return None if found is None else found["first_seconds"]
+        if found is None:
+            return None
+        self.about = found
+        return found["first_seconds"]
 
     def measure(self) -> None:
         """Runs it once."""
@@ -80,6 +89,7 @@ class Candidate:
         """Ends the process."""
         self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
 
     def _line(self) -> dict | None:
         for line in self._process.stdout:

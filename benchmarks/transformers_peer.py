@@ -1,4 +1,4 @@
-"""What benchmarks/cpu.py measures of transformers: the same cases, shapes and precision, each experts implementation.
+"""What benchmarks/cpu.py and gpu.py measure of transformers: the same cases, shapes and precision, each experts implementation.
 
 Candidates: transformers-eager, transformers-grouped_mm, transformers-batched_mm, and transformers-compile (torch.compile of
 the first). Training is AdamW (fused) with the router's auxiliary loss, as ours.
@@ -29,7 +29,27 @@ def _model(candidate: str, shape: dict):
     torch.manual_seed(0)
     kind = candidate.removeprefix("transformers-")
     config._experts_implementation = "eager" if kind == "compile" else kind
-    return transformers.MixtralForCausalLM(config).float()
+    with torch.device(shape["device"]):  # made there: at full width the host would take minutes
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, shape["dtype"]))
+
+
+def about(shape: dict) -> dict:
+    """The device."""
+    return {"device": torch.cuda.get_device_name() if shape["device"] == "cuda" else shape["device"]}
+
+
+def device_peak_bytes(shape: dict) -> int | None:
+    """The most device memory in use so far; None where it is the host's."""
+    return torch.cuda.max_memory_allocated() if shape["device"] == "cuda" else None
+
+
+def _wait(shape: dict) -> None:
+    if shape["device"] == "cuda":
+        torch.cuda.synchronize()
+
+
+def _ids(shape: dict, rows: int, width: int):
+    return torch.tensor(tokens(shape, rows, width), dtype=torch.long, device=shape["device"])
 
 
 def _maybe_compiled(candidate: str, function):
@@ -40,7 +60,7 @@ def train(candidate: str, shape: dict) -> Run:
     """A training step: forward, backward, clipping and AdamW."""
     model = _model(candidate, shape).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    ids = torch.tensor(tokens(shape, shape["batch"], shape["seq_len"]), dtype=torch.long)
+    ids = _ids(shape, shape["batch"], shape["seq_len"])
     forward = _maybe_compiled(candidate, lambda ids: model(input_ids=ids, labels=ids, output_router_logits=True).loss)
 
     def run() -> None:
@@ -50,6 +70,7 @@ def train(candidate: str, shape: dict) -> Run:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         float(loss.detach())
+        _wait(shape)
 
     return run
 
@@ -57,7 +78,8 @@ def train(candidate: str, shape: dict) -> Run:
 def _layer(candidate: str, shape: dict):
     model = _model(candidate, shape | {"num_layers": 1})
     torch.manual_seed(0)
-    x = torch.randn(shape["batch"], shape["seq_len"], shape["d_model"])
+    size = (shape["batch"], shape["seq_len"], shape["d_model"])
+    x = torch.randn(size, dtype=getattr(torch, shape["dtype"]), device=shape["device"])
     return _maybe_compiled(candidate, model.model.layers[0].mlp), x
 
 
@@ -72,6 +94,7 @@ def moe_forward(candidate: str, shape: dict) -> Run:
     def run() -> None:
         with torch.no_grad():
             _output(layer(x))
+        _wait(shape)
 
     return run
 
@@ -86,6 +109,7 @@ def moe_train(candidate: str, shape: dict) -> Run:
         x.grad = None
         out = _output(layer(x))
         out.backward(out.detach())
+        _wait(shape)
 
     return run
 
@@ -93,12 +117,13 @@ def moe_train(candidate: str, shape: dict) -> Run:
 def prefill_case(candidate: str, shape: dict) -> Run:
     """A batch of prompts up to the logits of their next tokens."""
     model = _model(candidate, shape).eval()
-    ids = torch.tensor(tokens(shape, shape["batch"], shape["seq_len"]), dtype=torch.long)
+    ids = _ids(shape, shape["batch"], shape["seq_len"])
     forward = _maybe_compiled(candidate, lambda ids: model(input_ids=ids, use_cache=True, logits_to_keep=1).logits)
 
     def run() -> None:
         with torch.no_grad():
             forward(ids)
+        _wait(shape)
 
     return run
 
@@ -108,7 +133,7 @@ def decoding(rows: int):
 
     def build(candidate: str, shape: dict) -> Run:
         model = _model(candidate, shape).eval()
-        ids = torch.tensor(tokens(shape, rows, shape["prompt"]), dtype=torch.long)
+        ids = _ids(shape, rows, shape["prompt"])
         call = _maybe_compiled(candidate, model)
         with torch.no_grad():
             out = model(input_ids=ids, use_cache=True, logits_to_keep=1)

@@ -1,4 +1,4 @@
-"""A process that measures one candidate on one case when it is told to; benchmarks/cpu.py starts several and takes turns.
+"""A process that measures one candidate on one case when it is told to; benchmarks/cpu.py and gpu.py start them.
 
     python -m benchmarks.worker CASE CANDIDATE SHAPE_JSON
 
@@ -20,22 +20,32 @@ def main() -> None:
     """Builds the candidate, warms it up, and serves."""
     case, candidate, shape = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     begun = time.perf_counter()
-    family = "jax" if candidate == "mixtral_jax" else "torch"
-    if family == "jax":
-        from benchmarks import ours as candidates
-    else:
-        from benchmarks import transformers_peer as candidates
-    run = candidates.CASES[case](candidate, shape)
+    run, peak, about = build(case, candidate, shape)
     run()
     first = time.perf_counter() - begun
     run()
-    _say({"ready": True, "first_seconds": first})
+    _say({"ready": True, "first_seconds": first, **about})
     for line in sys.stdin:
         if line.strip() != "run":
             break
         start = time.perf_counter()
         run()
-        _say({"seconds": time.perf_counter() - start, "peak_bytes": peak_bytes()})
+        _say({"seconds": time.perf_counter() - start, "peak_bytes": peak()})
+
+
+def build(case: str, candidate: str, shape: dict) -> "tuple[Run, Callable[[], int], dict]":
+    """Prepares a candidate in this process.
+
+    Returns:
+        what does the case once and waits for its end; the most memory so far, of the device where it has its own and of the
+        process otherwise; and what is to be known of the device.
+    """
+    if candidate.startswith("mixtral_jax"):
+        from benchmarks import ours as candidates
+    else:
+        from benchmarks import transformers_peer as candidates
+    run = candidates.CASES[case](candidate, shape)
+    return run, lambda: candidates.device_peak_bytes(shape) or peak_bytes(), candidates.about(shape)
 
 
 def peak_bytes() -> int:
@@ -53,7 +63,7 @@ def _say(what: dict) -> None:
     print(json.dumps(what), flush=True)
 
 
-Run = Callable[[], None]
+Run = Callable[[], object]
 
 if __name__ == "__main__":
     main()

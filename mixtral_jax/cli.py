@@ -10,7 +10,7 @@ from collections.abc import Callable
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from mixtral_jax import clusters, distributed, watch
+from mixtral_jax import clusters, distributed, watch, xla_flags
 from mixtral_jax.config import Config, RunError, UserError, from_config_dict, key_list
 from mixtral_jax.interrupt import InterruptedRun
 from mixtral_jax.progress import messages
@@ -112,6 +112,7 @@ def run(main: Callable[[], None], usage: str, interrupted: str = "interrupted") 
         print(usage.strip() + "\n\nFlags:\n" + flags.FLAGS.module_help(sys.modules["__main__"]))
         sys.exit(0)
     threads_for_fake_devices()
+    xla_flags.apply()
 
     def program() -> None:
         _parse()

@@ -19,6 +19,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_compilation_cache", False)
 
 
+def pytest_runtest_setup(item):
+    """What needs a GPU says so where there is none; by default it is not collected at all."""
+    if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+        pytest.skip(f"needs a GPU, and jax {jax.__version__} runs on {jax.devices()[0].device_kind} here")
+
+
 @pytest.fixture
 def fit(tmp_path):
     """Returns a function that trains a tiny run in tmp_path, in this process."""

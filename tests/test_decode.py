@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.checkpoint import Checkpoints
+from mixtral_jax.config import UserError
 from mixtral_jax.data.tokenizer import ByteTokenizer
 from mixtral_jax.generate import Sampling, generate, sample
 from mixtral_jax.generate.__main__ import main
@@ -63,8 +64,11 @@ def greedy(weights, rows, n: int, vocab_size: int) -> list[list[int]]:
     return np.stack(list(made), axis=1).tolist()
 
 
+FORMS_HERE = FORMS | {"picked": lambda model: prepare(model, stacked=True)}  # on one device
+
+
 # 2 rows go through the prepared experts one by one, 5 are grouped (kernels/separate.py:FEW_ROWS).
-@pytest.mark.parametrize(("form", "rows"), [("stacked", 5), ("prepared", 5), ("prepared", 2)])
+@pytest.mark.parametrize(("form", "rows"), [("stacked", 5), ("prepared", 5), ("prepared", 2), ("picked", 2)])
 @pytest.mark.parametrize("name", ["mixtral", "window_top3"])
 def test_cached_logits_equal_the_full_forward_at_every_step(name, form, rows):
     config, model = parity_model(name)
@@ -75,7 +79,7 @@ def test_cached_logits_equal_the_full_forward_at_every_step(name, form, rows):
     tokens = np.full((rows, 11), 7, np.int32)  # whatever pads a prompt changes nothing
     for row, text in enumerate(texts):
         tokens[row, : start[row]] = text[: start[row]]
-    weights = FORMS[form](model)
+    weights = FORMS_HERE[form](model)
     logits, cache = prefill(weights, tokens, start, width)
     for i in range(n + 1):
         at = start + i
@@ -112,6 +116,13 @@ def test_the_text_does_not_depend_on_the_mesh(axes, form):
     with jax.set_mesh(mesh):
         got = generate(FORMS[form](shard(model, mesh)), ByteTokenizer(), prompts, **settings)
     assert got == want
+
+
+def test_stacked_experts_are_for_one_device():
+    config, model = byte_model()
+    config, mesh = on_mesh(config, expert=2)
+    with jax.set_mesh(mesh), pytest.raises(UserError, match=r"one device and the mesh has 2"):
+        prepare(shard(model, mesh), stacked=True)
 
 
 def test_prepared_experts_lie_on_the_devices_that_use_them():

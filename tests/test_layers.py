@@ -26,6 +26,7 @@ LAYERS = [
         "host_memory",
         "saving",
         "compilation_cache",
+        "xla_flags",
         "interrupt",
     },
     {

@@ -92,10 +92,11 @@ def put(x_MD, part_bD, at):
     return lax.dynamic_update_slice(x_MD, part_bD.astype(x_MD.dtype), (at, 0))
 
 
-def expert_blocks(y_MD, padded_MD, weights, start, size, block: int, kept=()):
+def expert_blocks(y_MD, padded_MD, weights, start, size, block: int, kept=(), once: bool = False):
     """Runs one expert over the blocks of its own rows, `size` rows from `start`, and writes the results into y_MD.
 
     `kept` is empty, or two arrays [M, F] that gate and up are written into. Returns y_MD and kept.
+    `once` promises that `size` is at most `block`, and makes the loop a branch.
     """
     w_gate_DF, w_up_DF, w_down_FD = weights
     dtype = padded_MD.dtype
@@ -111,7 +112,10 @@ def expert_blocks(y_MD, padded_MD, weights, start, size, block: int, kept=()):
             kept = [put(all_MF, part_bF, at) for all_MF, part_bF in zip(kept, (gate_bF, up_bF), strict=True)]
         return put(y_MD, matmul(hidden_bF, w_down_FD, (1, 0)), at), kept
 
-    return over_blocks(size, block, one_block, (y_MD, list(kept)))
+    carry = (y_MD, list(kept))
+    if once:
+        return lax.cond(size > 0, functools.partial(one_block, block, 0), lambda carry: carry, carry)
+    return over_blocks(size, block, one_block, carry)
 
 
 class Stacks(NamedTuple):

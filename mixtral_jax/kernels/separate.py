@@ -53,7 +53,7 @@ def few(x_MD, gates_MK, index_MK, weights_e):
     return out_MD.astype(x_MD.dtype)
 
 
-def grouped_swiglu(x_MD, weights_e, group_sizes_e, block: int):
+def grouped_swiglu(x_MD, weights_e, group_sizes_e, block: int, once: bool = False):
     """The `blocks` kernel (forward only) over separate arrays: an expert without rows is not read.
 
     Args:
@@ -61,6 +61,8 @@ def grouped_swiglu(x_MD, weights_e, group_sizes_e, block: int):
         weights_e: for each expert w_gate_DF, w_up_DF, w_down_FD in x's dtype.
         group_sizes_e: int32; the sum may be less than M.
         block: rows of one block.
+        once: no expert has more than `block` rows. A branch then takes the place of a loop: XLA puts branches into a CUDA
+            graph, and leaves out loops of unknown length, each turn of which waits for the host.
 
     Returns:
         y_MD in x's dtype, zero after the last group.
@@ -69,5 +71,5 @@ def grouped_swiglu(x_MD, weights_e, group_sizes_e, block: int):
     starts_e = jnp.cumsum(group_sizes_e) - group_sizes_e
     y_MD = jnp.zeros_like(rows_MD)
     for e, weights in enumerate(weights_e):
-        y_MD, _ = expert_blocks(y_MD, rows_MD, weights, starts_e[e], group_sizes_e[e], block)
+        y_MD, _ = expert_blocks(y_MD, rows_MD, weights, starts_e[e], group_sizes_e[e], block, once=once)
     return keep_grouped(y_MD[: x_MD.shape[0]], group_sizes_e)

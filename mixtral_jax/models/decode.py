@@ -14,11 +14,11 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from mixtral_jax.config import ModelConfig
+from mixtral_jax.config import ModelConfig, UserError
 from mixtral_jax.models import attention, lora
 from mixtral_jax.models.layers import FLOAT32, rms_norm, rope_table
 from mixtral_jax.models.mixtral import Block, Mixtral, scan_layers
-from mixtral_jax.models.moe import WEIGHTS, separate_spec
+from mixtral_jax.models.moe import WEIGHTS, Stacked, separate_spec
 from mixtral_jax.sharding import constrain, param_spec
 
 
@@ -49,25 +49,36 @@ class Cache:
     length_B: jax.Array  # int32
 
 
-def prepare(model: Mixtral) -> Prepared:
+def prepare(model: Mixtral, stacked: bool = False) -> Prepared:
     """Lays the weights out for decoding: layers and experts as separate arrays, matrices in the compute dtype.
 
     It costs a second copy of all weights but the embedding, in model.config.dtype: for 8x7B 93 GB in bfloat16, over all
     devices together (`Prepared.nbytes` says it exactly). Adapters (lora.attach) are merged into the copy. Whoever no longer needs the model drops it and has the memory
     back; the peak is both at once. Runs on the current mesh.
+
+    Args:
+        model: the weights.
+        stacked: keeps each layer's experts in one array, for kernels that pick them by index (kernels/picked.py); on one
+            device only.
+
+    Raises:
+        UserError: stacked, on a mesh of several devices.
     """
     c = model.config
+    mesh = jax.sharding.get_abstract_mesh()
+    if stacked and not mesh.empty and mesh.size > 1:
+        raise UserError(f"prepare(stacked=True) is for one device and the mesh has {mesh.size}; leave out stacked")
     blocks, slots = [], []
     for i in range(c.num_layers):
-        block, layer_slots = _split_layer(model.layers, i)
+        block, layer_slots = _split_layer(model.layers, i, stacked)
         blocks.append(block)
         slots.append(layer_slots)
     head_DV = model.head_DV[...].astype(c.dtype)
     return Prepared(model.embedding_VD[...], blocks, slots, model.final_norm_D[...], head_DV, c)
 
 
-@jax.jit
-def _split_layer(layers: Block, i):
+@functools.partial(jax.jit, static_argnames="stacked")
+def _split_layer(layers: Block, i, stacked: bool):
     """One layer out of the stack: the block without its experts, and the experts as slots."""
     block = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), layers)
     if block.lora is not None:
@@ -75,22 +86,25 @@ def _split_layer(layers: Block, i):
     c = block.config
     mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else mesh.shape["expert"]
-    stacks = []
+    stacks, whole = [], []
     for name in WEIGHTS:
         w_EDF = getattr(block, name)[...].astype(c.dtype)
+        delattr(block, name)
+        if stacked:
+            whole.append(w_EDF)
+            continue
         w_neDF = w_EDF.reshape(shards, c.num_experts // shards, *w_EDF.shape[1:])
         slots = [w_neDF[:, e] for e in range(w_neDF.shape[1])]
         if not mesh.empty:
             slots = [lax.with_sharding_constraint(w, separate_spec(name, c.d_ff)) for w in slots]
         stacks.append(slots)
-        delattr(block, name)
     for name, param in list(vars(block).items()):
         if isinstance(param, nnx.Param):
             value = param[...] if name in FLOAT32 else param[...].astype(c.dtype)
             if not mesh.empty:
                 value = lax.with_sharding_constraint(value, param_spec(name, value.ndim))
             setattr(block, name, nnx.Param(value))
-    return block, [list(slot) for slot in zip(*stacks, strict=True)]
+    return block, Stacked(*whole) if stacked else [list(slot) for slot in zip(*stacks, strict=True)]
 
 
 def _layers(weights: Mixtral | Prepared, x_BTD, rope, segment_ids_BT, positions_BT, cache: Cache | None):

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from mixtral_jax import backends
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.kernels import BACKENDS, separate
+from mixtral_jax.kernels import BACKENDS, picked, separate
 from mixtral_jax.kernels.adapters import ExpertAdapters, grouped_swiglu_lora
 from mixtral_jax.kernels.blocks import Stacks
 from mixtral_jax.models import dispatch
@@ -45,6 +45,14 @@ class RouterStats(NamedTuple):
     entropy: jax.Array  # sum of the entropy of that softmax, nats
     dropped: jax.Array  # assignments that no expert computed
     tokens: jax.Array  # number of valid tokens
+
+
+class Stacked(NamedTuple):
+    """The expert weights of one layer for generation on one device: see models/decode.py:prepare."""
+
+    w_gate_EDF: jax.Array
+    w_up_EDF: jax.Array
+    w_down_EFD: jax.Array
 
 
 class Choices(NamedTuple):
@@ -289,6 +297,16 @@ def _gather(arrays, names) -> list:
     return [whole(a, suffix(name)) for a, name in zip(arrays, names, strict=True)]
 
 
+def stacked_experts(x_BTD, gates_BTK, index_BTK, weights: Stacked, config: ModelConfig):
+    """`local_experts` for generation: few rows read only the experts that they pick, by index."""
+    b, t, d = x_BTD.shape
+    if b * t > separate.FEW_ROWS:
+        return local_experts(x_BTD, gates_BTK, index_BTK, *weights, config)
+    index_NK = index_BTK.reshape(b * t, -1)
+    out_ND = picked.swiglu(x_BTD.reshape(b * t, d), gates_BTK.reshape(b * t, -1), index_NK, *weights)
+    return out_ND.reshape(b, t, d), (index_NK < weights.w_gate_EDF.shape[0]).sum(dtype=jnp.int32)
+
+
 def local_separate_experts(x_BTD, gates_BTK, index_BTK, weights_e, config: ModelConfig):
     """`local_experts` over separate weights: for each expert here w_gate_DF, w_up_DF, w_down_FD in x's dtype."""
     b, t, d = x_BTD.shape
@@ -296,8 +314,11 @@ def local_separate_experts(x_BTD, gates_BTK, index_BTK, weights_e, config: Model
     if b * t > separate.FEW_ROWS:
         block = min(config.expert_block, b * t)  # as in local_experts
 
+        # An expert has at most every token once. CPUs keep the loop, which was measured there.
+        once = block == b * t and jax.default_backend() == "gpu"
+
         def multiply(rows_MD, group_sizes_e):
-            return separate.grouped_swiglu(rows_MD, weights_e, group_sizes_e, block)
+            return separate.grouped_swiglu(rows_MD, weights_e, group_sizes_e, block, once)
 
         return _sorted_experts(x_BTD, gates_BTK, index_BTK, e, multiply)
     index_NK = index_BTK.reshape(b * t, k)
@@ -323,12 +344,14 @@ def separate_experts(x_BTD, gates_BTK, index_BTK, slots, config: ModelConfig):
     Args:
         x_BTD, gates_BTK, index_BTK: see `local_experts`, whole arrays.
         slots: E / n triples of w_gate, w_up [n, D, F] and w_down [n, F, D], n being the size of the mesh axis `expert`:
-            each device holds one expert of each slot, and expert i of shard s is global expert s * E / n + i.
+            each device holds one expert of each slot, and expert i of shard s is global expert s * E / n + i. Or Stacked.
         config: names the block.
 
     Returns:
         out_BTD, computed: int32 number of assignments that were computed, over all devices; a pod has more than float32 counts.
     """
+    if isinstance(slots, Stacked):
+        return stacked_experts(x_BTD, gates_BTK, index_BTK, slots, config)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         weights_e = [[w[0] for w in slot] for slot in slots]

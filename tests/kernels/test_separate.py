@@ -1,10 +1,15 @@
 """Experts as separate arrays: those that no row chose are not read, whatever is in them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from mixtral_jax.kernels.separate import few, grouped_swiglu, swiglu
+from mixtral_jax.models import moe
+from tests.helpers import tiny
 from tests.kernels.test_grouped import E, inputs
 
 
@@ -31,3 +36,30 @@ def test_grouped_rows_read_the_experts_that_have_rows():
     whole = experts(())
     np.testing.assert_allclose(got[:4], swiglu(x_MD[:4], *whole[0]), rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(got[4:], swiglu(x_MD[4:], *whole[2]), rtol=1e-5, atol=1e-4)
+
+
+def test_a_branch_takes_the_place_of_the_loop_where_an_expert_has_one_block_at_most():
+    x_MD = inputs()[0][:10]
+    sizes = jnp.array([4, 0, 5, 0], jnp.int32)  # and a row without an expert
+    want, got = (jax.jit(grouped_swiglu, static_argnums=(3, 4))(x_MD, experts((1, 3)), sizes, 5, o) for o in (0, 1))
+    np.testing.assert_array_equal(got, want)
+    loop, branch = (
+        str(jax.make_jaxpr(lambda x, o=o: grouped_swiglu(x, experts(()), sizes, 5, o))(x_MD)) for o in (0, 1)
+    )
+    assert (loop.count("while["), loop.count("cond[")) == (E, 0)
+    assert (branch.count("while["), branch.count("cond[")) == (0, E)
+
+
+@pytest.mark.parametrize(("rows", "branches"), [(3, True), (8, True), (9, False)])
+def test_on_a_gpu_decoding_has_no_loop_of_unknown_length(monkeypatch, rows, branches):
+    """Up to expert_block tokens (8 here); on a CPU it stays a loop."""
+    config = dataclasses.replace(tiny().model, expert_block=8)
+    x = jnp.ones((rows, 1, 16))
+    index, gates = jnp.zeros((rows, 1, 2), jnp.int32).at[..., 1].set(1), jnp.full((rows, 1, 2), 0.5)
+
+    def text():
+        return str(jax.make_jaxpr(lambda x: moe.local_separate_experts(x, gates, index, experts(()), config)[0])(x))
+
+    assert "while[" in text()
+    monkeypatch.setattr(moe.jax, "default_backend", lambda: "gpu")
+    assert ("while[" not in text()) == branches

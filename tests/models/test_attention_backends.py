@@ -193,21 +193,3 @@ def test_what_does_not_run_here_says_what_to_set():
     places = packed(32)
     with pytest.raises(UserError, match=r"model\.attention=chunked"):
         self_attend(q, k, v, places.segment_ids_BT, places.positions_BT, config)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("window", [0, 300])
-@pytest.mark.parametrize("t", [1024, 4096])
-def test_cudnn_equals_plain_on_a_gpu(t, window):
-    """bfloat16: cuDNN rounds the weights to 8 bits before the second matmul, as plain does."""
-    places = packed(t)
-
-    def in_bf16(attend):
-        half = lambda *qkv: attend(*(a.astype(jnp.bfloat16) for a in qkv)).astype(jnp.float32)  # noqa: E731
-        return with_gradients(half, t, 128, places)
-
-    got = in_bf16(lambda q, k, v: cudnn.attend(q, k, v, places, places, window))
-    want = in_bf16(lambda q, k, v: plain.attend(q, k, v, places, places, window))
-    for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
-        assert np.isfinite(a).all(), name
-        np.testing.assert_allclose(a, b, atol=2e-2 * np.abs(b).max(), err_msg=name)
