@@ -92,11 +92,12 @@ def put(x_MD, part_bD, at):
     return lax.dynamic_update_slice(x_MD, part_bD.astype(x_MD.dtype), (at, 0))
 
 
-def expert_blocks(y_MD, padded_MD, weights, start, size, block: int, kept=(), once: bool = False):
+def expert_blocks(y_MD, padded_MD, weights, start, size, block: int, kept=(), branches: tuple[int, ...] = ()):
     """Runs one expert over the blocks of its own rows, `size` rows from `start`, and writes the results into y_MD.
 
     `kept` is empty, or two arrays [M, F] that gate and up are written into. Returns y_MD and kept.
-    `once` promises that `size` is at most `block`, and makes the loop a branch.
+    `branches` are sizes of blocks, ascending, the last at least `size`: then one block does it, of the first that is large
+    enough, and there is no loop.
     """
     w_gate_DF, w_up_DF, w_down_FD = weights
     dtype = padded_MD.dtype
@@ -113,8 +114,9 @@ def expert_blocks(y_MD, padded_MD, weights, start, size, block: int, kept=(), on
         return put(y_MD, matmul(hidden_bF, w_down_FD, (1, 0)), at), kept
 
     carry = (y_MD, list(kept))
-    if once:
-        return lax.cond(size > 0, functools.partial(one_block, block, 0), lambda carry: carry, carry)
+    if branches:
+        choice = sum((size > rows).astype(jnp.int32) for rows in (0, *branches[:-1]))
+        return lax.switch(choice, [lambda carry: carry, *(functools.partial(one_block, b, 0) for b in branches)], carry)
     return over_blocks(size, block, one_block, carry)
 
 

@@ -314,11 +314,11 @@ def local_separate_experts(x_BTD, gates_BTK, index_BTK, weights_e, config: Model
     if b * t > separate.FEW_ROWS:
         block = min(config.expert_block, b * t)  # as in local_experts
 
-        # An expert has at most every token once. CPUs keep the loop, which was measured there.
-        once = block == b * t and jax.default_backend() == "gpu"
+        # An expert has at most every token once.
+        branches = separate.branches(block) if block == b * t else ()
 
         def multiply(rows_MD, group_sizes_e):
-            return separate.grouped_swiglu(rows_MD, weights_e, group_sizes_e, block, once)
+            return separate.grouped_swiglu(rows_MD, weights_e, group_sizes_e, block, branches)
 
         return _sorted_experts(x_BTD, gates_BTK, index_BTK, e, multiply)
     index_NK = index_BTK.reshape(b * t, k)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mixtral_jax.kernels.separate import few, grouped_swiglu, swiglu
+from mixtral_jax.kernels.separate import branches, few, grouped_swiglu, swiglu
 from mixtral_jax.models import moe
 from tests.helpers import tiny
 from tests.kernels.test_grouped import E, inputs
@@ -38,28 +38,41 @@ def test_grouped_rows_read_the_experts_that_have_rows():
     np.testing.assert_allclose(got[4:], swiglu(x_MD[4:], *whole[2]), rtol=1e-5, atol=1e-4)
 
 
-def test_a_branch_takes_the_place_of_the_loop_where_an_expert_has_one_block_at_most():
-    x_MD = inputs()[0][:10]
-    sizes = jnp.array([4, 0, 5, 0], jnp.int32)  # and a row without an expert
-    want, got = (jax.jit(grouped_swiglu, static_argnums=(3, 4))(x_MD, experts((1, 3)), sizes, 5, o) for o in (0, 1))
-    np.testing.assert_array_equal(got, want)
-    loop, branch = (
-        str(jax.make_jaxpr(lambda x, o=o: grouped_swiglu(x, experts(()), sizes, 5, o))(x_MD)) for o in (0, 1)
+@pytest.mark.parametrize("sizes", [(4, 0, 5, 0), (1, 2, 3, 4), (0, 0, 8, 1), (0, 0, 0, 0), (7, 0, 0, 2)])
+def test_branches_take_the_place_of_the_loop_where_an_expert_has_one_block_at_most(sizes):
+    """One branch for every size of block, and one for no rows; experts without rows are not read."""
+    x_MD = inputs()[0][:10]  # some rows without an expert
+    sizes_e = jnp.array(sizes, jnp.int32)
+    whole = experts(())
+    got = jax.jit(grouped_swiglu, static_argnums=(3, 4))(
+        x_MD, experts([e for e in range(E) if sizes[e] == 0]), sizes_e, 8, (1, 2, 4, 8)
     )
-    assert (loop.count("while["), loop.count("cond[")) == (E, 0)
-    assert (branch.count("while["), branch.count("cond[")) == (0, E)
+    starts = np.cumsum(sizes) - sizes
+    for e in range(E):
+        mine = slice(starts[e], starts[e] + sizes[e])
+        np.testing.assert_allclose(got[mine], swiglu(x_MD[mine], *whole[e]), rtol=1e-5, atol=1e-4)
+    np.testing.assert_array_equal(got[sum(sizes) :], 0)
+    jaxpr = str(jax.make_jaxpr(lambda x: grouped_swiglu(x, whole, sizes_e, 8, (1, 2, 4, 8)))(x_MD))
+    assert (jaxpr.count("while["), jaxpr.count("cond[")) == (0, E)
 
 
-@pytest.mark.parametrize(("rows", "branches"), [(3, True), (8, True), (9, False)])
-def test_on_a_gpu_decoding_has_no_loop_of_unknown_length(monkeypatch, rows, branches):
-    """Up to expert_block tokens (8 here); on a CPU it stays a loop."""
+def test_sizes_of_blocks_for_decoding(monkeypatch):
+    assert [branches(rows) for rows in (3, 8, 20, 64, 65)] == [
+        (1, 3),
+        (1, 2, 4, 8),
+        (2, 5, 10, 20),
+        (8, 16, 32, 64),
+        (),
+    ]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert [branches(rows) for rows in (3, 65)] == [(3,), (65,)]
+
+
+@pytest.mark.parametrize(("rows", "branched"), [(3, True), (8, True), (9, False)])
+def test_decoding_has_no_loop_of_unknown_length(rows, branched):
+    """Up to expert_block tokens (8 here)."""
     config = dataclasses.replace(tiny().model, expert_block=8)
     x = jnp.ones((rows, 1, 16))
     index, gates = jnp.zeros((rows, 1, 2), jnp.int32).at[..., 1].set(1), jnp.full((rows, 1, 2), 0.5)
-
-    def text():
-        return str(jax.make_jaxpr(lambda x: moe.local_separate_experts(x, gates, index, experts(()), config)[0])(x))
-
-    assert "while[" in text()
-    monkeypatch.setattr(moe.jax, "default_backend", lambda: "gpu")
-    assert ("while[" not in text()) == branches
+    jaxpr = jax.make_jaxpr(lambda x: moe.local_separate_experts(x, gates, index, experts(()), config)[0])(x)
+    assert ("while[" not in str(jaxpr)) == branched
