@@ -6,6 +6,7 @@ It prints a line of JSON when it is warm, and one with seconds for each line `ru
 keeps their memory and their threads apart: while one runs, the others wait in a read.
 """
 
+import contextlib
 import json
 import re
 import sys
@@ -24,7 +25,8 @@ def main() -> None:
     run()
     first = time.perf_counter() - begun
     run()
-    _say({"ready": True, "first_seconds": first, **about})
+    _say({"ready": True, "first_seconds": first, "start_peak_bytes": peak(), **about})
+    forget_peak()
     for line in sys.stdin:
         if line.strip() != "run":
             break
@@ -52,6 +54,12 @@ def peak_bytes() -> int:
     """The most memory the process has had resident. (getrusage counts what its parent had when it was forked.)"""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+
+
+def forget_peak() -> None:
+    """The peak from here on: building and compiling are not counted with what runs then."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def tokens(shape: dict, rows: int, width: int) -> np.ndarray:
