@@ -154,12 +154,15 @@ def activations(config: Config) -> dict[str, int]:
     scores = rows * model.num_heads // mesh.tensor * mine * seen * (4 + item)
     routed = tokens * model.experts_per_token * model.d_model * item * _rows_over_share(model, mesh.expert)
     experts = 3 * model.num_experts // mesh.expert * model.d_model * model.d_ff // mesh.tensor * item
+    # Gate and up, where the rows of the experts here are no more than the tokens' choices (moe.py:_multiply).
+    keeps = model.expert_backend == "blocks" and mesh.expert == 1
+    gate_up = 2 * tokens * model.experts_per_token * model.d_ff // mesh.tensor * item if keeps else 0
     kept = {
         "full": stream,
         "outputs": 3 * stream,
         "offload": 0,
         "dots": 3 * stream + heads,
-        "none": 6 * stream + heads + (scores if model.attention == "plain" else 0) + 3 * routed + experts,
+        "none": 6 * stream + heads + (scores if model.attention == "plain" else 0) + 3 * routed + experts + gate_up,
     }[model.remat]
     return {
         f"kept for the backward pass, {model.num_layers} layers, model.remat={model.remat}": int(

@@ -163,7 +163,7 @@ def scale_by_adam(b1: float, b2: float, eps: float, dtype: str) -> optax.Gradien
         mu = b1 mu + (1 - b1) g,   nu = b2 nu + (1 - b2) g^2
         update = mu / (1 - b1^t) / (sqrt(nu / (1 - b2^t)) + eps)
 
-    The numbers are those of optax.scale_by_adam, to the bit; so is the state's structure. XLA:CPU would compute the
+    Numbers and structure of the state are those of optax.scale_by_adam. XLA:CPU would compute the
     direction from the old moments again, which must then be copied before the new ones take their place: a barrier makes
     it read the new ones, 10 passes over the state's arrays and no copies, where it was 16 and 8 bytes for each parameter.
 

@@ -381,3 +381,24 @@ def test_clip_by_norm():
         np.testing.assert_array_equal(optim_lib.clip_by_norm(grads, norm, max_norm)["b"], grads["b"])
     zero = optim_lib.clip_by_norm({"a": jnp.zeros(2)}, jnp.zeros(()), 1.0)
     np.testing.assert_array_equal(zero["a"], 0.0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adam_is_optaxs_and_a_step_that_is_not_ok_keeps_its_state(dtype):
+    """Three steps, of which the second does not count; optax makes the other two. Stored moments are rounded to dtype."""
+    rng = np.random.default_rng(0)
+    grads = [{"w_a_DF": jnp.asarray(rng.standard_normal((5, 7)), jnp.float32)} for _ in range(3)]
+    ours, theirs = optim_lib.scale_by_adam(0.9, 0.95, 1e-8, dtype), optax.scale_by_adam(0.9, 0.95, 1e-8)
+    state, want_state = ours.init(grads[0]), theirs.init(grads[0])
+    update = jax.jit(lambda g, s, ok: ours.update(g, s, ok=ok))
+    for i, grad in enumerate(grads):
+        before = state
+        got, state = update(jax.tree.map(lambda g, i=i: jnp.where(i == 1, jnp.nan, g), grad), state, i != 1)
+        if i == 1:
+            jax.tree.map(np.testing.assert_array_equal, state, before)
+            continue
+        want, want_state = theirs.update(grad, want_state)
+        np.testing.assert_allclose(got["w_a_DF"], want["w_a_DF"], rtol=1e-6 if dtype == "float32" else 2e-2)
+    assert type(state) is type(want_state)
+    assert state.count == 2
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.mu, state.nu))} == {jnp.dtype(dtype)}

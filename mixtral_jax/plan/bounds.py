@@ -14,15 +14,20 @@ from mixtral_jax.plan.traffic import Transfer, tokens_of_device
 def executed_flops(config: Config) -> float:
     """FLOPs a device of the mesh executes in a step: the model's, and what the backward pass computes again.
 
-    The head's logits are always computed again; the layers where model.remat is not "none" ("outputs" and "offload" keep the
-    two results of a layer and still need what led to them); the experts' gate and up always, by the kernels' backward pass.
+    The head's logits are computed again on more than one device; the layers where model.remat is not "none" ("outputs" and
+    "offload" keep the two results of a layer and still need what led to them); the experts' gate and up by the backward
+    pass of the kernels, which keep them in no plan (`blocks` does, with model.remat=none and one shard of `expert`).
     """
     model, train = config.model, config.train
     tokens = train.batch_size * train.seq_len
     head = 2 * model.vocab_size * model.d_model
     forward = metrics.flops_per_token(model, train.seq_len) / 3 - head
     gate_up = model.num_layers * model.experts_per_token * 4 * model.d_model * model.d_ff
-    again = head + gate_up + (forward if model.remat in ("full", "outputs", "offload") else 0)
+    again = (
+        (head if _devices(config) > 1 else 0)
+        + gate_up
+        + (forward if model.remat in ("full", "outputs", "offload") else 0)
+    )
     return (metrics.flops_per_token(model, train.seq_len) + again) * tokens / _devices(config)
 
 
