@@ -2,7 +2,8 @@
 
     .venv-parity/bin/python -m benchmarks.cpu [--cases=train,decode_1] [--peers=transformers-grouped_mm] [--rounds=7]
 
-Every candidate is a process of its own (benchmarks/worker.py): they are warm, run one after the other in turns (A B A B ...), and
+Every candidate is a process of its own (benchmarks/worker.py): they are warm, run one after the other in turns (A B A B ...), twice
+in each turn, of which the second run counts, for in a run's own use nothing pauses before a step; and
 their peak memory is their own. Training is measured beside one peer at a time, for the sake of the machine's memory. In the same turns run a plain matmul, 2048^3 in XLA, and a copy of 256 MB, which are the roof.
 All have the huge pages that train.py asks for (mixtral_jax/host_memory.py). A candidate that does not run here is named with
 its reason. Writes results/DATE-cpu.json, .md and .png; cases that are measured later on the same day are added.

@@ -202,6 +202,11 @@ def prefill_case(candidate: str, shape: dict) -> Run:
     return lambda: jax.block_until_ready(prefill(weights, ids, lengths, ids.shape[1])[0])
 
 
+@jax.jit
+def _greedy(logits_BV):
+    return logits_BV.argmax(-1).astype(np.int32)
+
+
 @functools.partial(jax.jit, static_argnames="steps")
 def _loop(weights, cache: Cache, token_B, active_B, steps: int):
     """Greedy decoding in one program: the host waits for the last token only."""
@@ -233,9 +238,10 @@ def decoding(rows: int):
             token_B, held, made = first, jax.device_put(start), []
             for _ in range(shape["new_tokens"]):
                 logits_BV, held = decode(weights, held, token_B, active)
-                token_B = np.asarray(logits_BV.argmax(-1)).astype(np.int32)
-                made.append(token_B)
-            return np.stack(made)
+                # As generate/engine.py: a token is fetched when the next step has been dispatched.
+                before_B, token_B = token_B, _greedy(logits_BV)
+                made.append(np.asarray(before_B))
+            return np.stack([*made[1:], np.asarray(token_B)])
 
         return loop if "loop" in options_of(candidate) else run
 

@@ -2,11 +2,12 @@
 
     python -m benchmarks.worker CASE CANDIDATE SHAPE_JSON
 
-It prints a line of JSON when it is warm, and one with seconds for each line `run` that it reads. A process for each candidate
+It prints a line of JSON when it is warm, and one with seconds for each line `run` that it reads: of the second of two runs. A process for each candidate
 keeps their memory and their threads apart: while one runs, the others wait in a read.
 """
 
 import contextlib
+import ctypes
 import json
 import re
 import sys
@@ -26,10 +27,12 @@ def main() -> None:
     first = time.perf_counter() - begun
     run()
     _say({"ready": True, "first_seconds": first, "start_peak_bytes": peak(), **about})
+    give_back()
     forget_peak()
     for line in sys.stdin:
         if line.strip() != "run":
             break
+        run()  # after a pause memory that was freed is gone from the machine, and its caches hold what others left
         start = time.perf_counter()
         run()
         _say({"seconds": time.perf_counter() - start, "peak_bytes": peak()})
@@ -54,6 +57,12 @@ def peak_bytes() -> int:
     """The most memory the process has had resident. (getrusage counts what its parent had when it was forked.)"""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+
+
+def give_back() -> None:
+    """What was freed after building and compiling is given back to the system, by every candidate alike."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def forget_peak() -> None:

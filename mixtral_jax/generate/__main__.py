@@ -59,7 +59,7 @@ def _run(arguments: argparse.Namespace) -> None:
     sizes = mesh_sizes(arguments.mesh)
     import jax
 
-    from mixtral_jax import compilation_cache
+    from mixtral_jax import compilation_cache, host_memory
     from mixtral_jax.generate import Sampling, encode_chat
     from mixtral_jax.load import load, stored_tokenizer
     from mixtral_jax.models.decode import prepare
@@ -78,6 +78,7 @@ def _run(arguments: argparse.Namespace) -> None:
         say(f"{checkpoint}; {mesh.size} device{'s' * (mesh.size > 1)}")
         if not a.stacked:
             weights = prepare(weights)
+            host_memory.give_back()
             say(f"weights laid out for decoding: {weights.nbytes / 1e6:,.1f} MB")
         _answer(a, weights, tokenizer, dict(sampling=sampling, seed=a.seed, stop=stop))
 
