@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import cpu
+from benchmarks import cpu, growth, phases
 from benchmarks.worker import forget_peak, peak_bytes
 
 TINY = cpu.SMALL | dict(vocab_size=100, num_layers=3, d_model=10, num_heads=2, num_kv_heads=1, head_dim=5, d_ff=7)
@@ -129,3 +129,29 @@ def test_a_forgotten_peak_is_what_is_there_now():
     del held
     forget_peak()
     assert peak_bytes() < before - 150_000_000
+
+
+def test_claims_of_growth_are_of_the_ratios_they_name():
+    """Twice the tokens in 2.2 times the time is within 20%; scores that grow with T squared are not linear in T."""
+    found = {
+        "tokens by E": {"8": 100, "16": 200},
+        "forward by E": {"8": 1.0, "16": 2.2},
+        "training by E": {"8": 3.5, "16": 9.0},
+        "gradient traffic by E": {"8": 0.5, "16": 1.0},
+        "forward by K": {"1": 1.0, "2": 3.0},
+        "forward by tokens": {"100": 1.0, "200": 2.0},
+        "attention by T": {"100": 2.0, "200": 5.0},
+        "scores by T": {"100": 1.0, "200": 4.0},
+    }
+    said = [(round(c["measured"], 3), c["holds"]) for c in growth.claims(found)]
+    assert said == [(1.1, True), (1.333, False), (1.5, False), (1.0, True), (1.0, True), (2.0, False)]
+
+
+@pytest.mark.slow
+def test_growth_and_phases_run_small(monkeypatch, capsys):
+    for program in (growth, phases):
+        monkeypatch.setattr(sys, "argv", [program.__name__, "--small", "--rounds=1"])
+        program.main()
+    printed = capsys.readouterr().out
+    assert "forward per token is flat in E" in printed
+    assert "experts, 2 layers" in printed
