@@ -188,8 +188,8 @@ def scale_by_adam(b1: float, b2: float, eps: float, dtype: str) -> optax.Gradien
         return updates, optax.ScaleByAdamState(jnp.where(ok, count, state.count), mu, nu)
 
     def init(params):
-        zeros = optax.tree.zeros_like(params, dtype=jnp.dtype(dtype))
-        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), zeros, zeros)
+        mu, nu = (optax.tree.zeros_like(params, dtype=jnp.dtype(dtype)) for _ in range(2))  # donated, so two arrays
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
