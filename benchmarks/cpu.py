@@ -311,15 +311,15 @@ def draw(results: dict[str, dict], shape: dict) -> Figure:
         color="black",
         label=f"matmul {flops / 1e9:.0f} GFLOP/s, copy {copy / 1e9:.0f} GB/s",
     )
-    for case, found in results.items():
+    for i, (case, found) in enumerate(results.items()):
         at = useful_flops(case, shape) / least_bytes(case, shape)
         here = ran(found)
         peers = [each for name, each in here.items() if name != OURS]
         if OURS in here:
             axes.plot(at, here[OURS]["useful_flops_per_second"] / 1e9, "o", color="tab:blue")
-            axes.annotate(
-                case, (at, here[OURS]["useful_flops_per_second"] / 1e9), (0, 7), textcoords="offset points", ha="center"
-            )
+            side = (8, -4) if i % 2 else (-8, -4)  # neighbours do not cover each other
+            place = (at, here[OURS]["useful_flops_per_second"] / 1e9)
+            axes.annotate(case, place, side, textcoords="offset points", ha="left" if i % 2 else "right")
         if peers:
             axes.plot(at, max(each["useful_flops_per_second"] for each in peers) / 1e9, "x", color="tab:red")
     axes.plot([], [], "o", color="tab:blue", label=OURS)

@@ -240,10 +240,10 @@ def test_the_smallest_change_that_is_enough_is_proposed():
 
     steps = {
         need: next((x["train.accumulation_steps"] for x in propose(need) if "train.accumulation_steps" in x), None)
-        for need in (1, 40, 1000)
+        for need in (1, 60, 1000)
     }
     assert steps[1] == "2"
-    assert steps[40] == "4"
+    assert steps[60] == "4"
     assert steps[1000] == "16"
 
 

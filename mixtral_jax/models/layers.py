@@ -1,7 +1,5 @@
 """Small layers: the embedding, RMSNorm, rotary embedding, and the initialiser that every weight uses."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -54,9 +52,17 @@ def _rows_backward(saved, d_BTD):
 _rows.defvjp(lambda table_VD, tokens_BT: (table_VD[tokens_BT], (table_VD, tokens_BT)), _rows_backward)
 
 
-@functools.partial(jax.checkpoint, static_argnums=2)
 def rms_norm(x_BTD, scale_D, eps: float):
-    """RMSNorm (arXiv 1910.07467): x / sqrt(mean(x^2) + eps) * scale, statistics in float32, result in x's dtype."""
+    """RMSNorm (arXiv 1910.07467): x / sqrt(mean(x^2) + eps) * scale, statistics in float32, result in x's dtype.
+
+    In float32 the backward pass makes it again from x: autodiff would keep three arrays of x's size. In bfloat16 not: a result made
+    again may be rounded at another place of the fused program than the one that the loss was computed with.
+    """
+    norm = jax.checkpoint(_norm, static_argnums=2) if x_BTD.dtype == jnp.float32 else _norm
+    return norm(x_BTD, scale_D, eps)
+
+
+def _norm(x_BTD, scale_D, eps: float):
     x32_BTD = x_BTD.astype(jnp.float32)
     inverse_BT1 = lax.rsqrt(jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True) + eps)
     return (x32_BTD * inverse_BT1 * scale_D.astype(jnp.float32)[None, None, :]).astype(x_BTD.dtype)
