@@ -13,8 +13,8 @@ from mixtral_jax.data.tokenizer import ByteTokenizer
 from mixtral_jax.generate import Sampling, generate, sample
 from mixtral_jax.generate.__main__ import main
 from mixtral_jax.generate.engine import steps
-from mixtral_jax.models import mixtral
-from mixtral_jax.models.decode import decode, prefill, prepare
+from mixtral_jax.models import lora, mixtral
+from mixtral_jax.models.decode import _lies_ready, decode, prefill, prepare
 from mixtral_jax.workdir import store_run
 from tests.golden import reference
 from tests.helpers import on_mesh, shard, tiny
@@ -116,6 +116,51 @@ def test_the_text_does_not_depend_on_the_mesh(axes, form):
     with jax.set_mesh(mesh):
         got = generate(FORMS[form](shard(model, mesh)), ByteTokenizer(), prompts, **settings)
     assert got == want
+
+
+def sixty_fours(**overrides):
+    """A model whose parts all begin at multiples of 64 bytes, as real ones do; XLA copies what does not."""
+    config = tiny(**overrides)
+    return mixtral.init(config.model, jax.random.key(0))
+
+
+def test_on_one_cpu_the_prepared_weights_are_the_models_own_memory(monkeypatch):
+    model = sixty_fours()
+    views = prepare(model)
+    first, second = (views.slots[1][e][0].unsafe_buffer_pointer() for e in (0, 1))
+    whole = model.layers.w_gate_EDF[...]
+    at = whole.unsafe_buffer_pointer()
+    assert at <= first < second < at + whole.nbytes
+    assert views.blocks[1].w_q_DNH[...].unsafe_buffer_pointer() != views.blocks[0].w_q_DNH[...].unsafe_buffer_pointer()
+    monkeypatch.setattr("mixtral_jax.models.decode._lies_ready", lambda layers: False)
+    copies = prepare(model)
+    assert jax.tree.structure(views) == jax.tree.structure(copies)
+    jax.tree.map(np.testing.assert_array_equal, views, copies)
+    assert not at <= copies.slots[1][0][0].unsafe_buffer_pointer() < at + whole.nbytes
+
+
+def test_prepared_weights_outlive_their_model():
+    """A training step donates the parameters: what was prepared out of them must not change under it."""
+    model = sixty_fours()
+    views = prepare(model)
+    want = jax.tree.map(np.array, views.slots)
+    model = jax.jit(lambda model: jax.tree.map(lambda a: a + 1, model), donate_argnums=0)(model)
+    jax.tree.map(np.testing.assert_array_equal, views.slots, want)
+    again = jax.jit(lambda model: jax.tree.map(lambda a: a + 1, model), donate_argnums=0)(model)
+    assert model.layers.w_gate_EDF[...].is_deleted(), "and without views it is donated as ever"
+    del again, model
+    jax.tree.map(np.testing.assert_array_equal, views.slots, want)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ready"), [({}, True), (dict(model__dtype="bfloat16"), False), (dict(lora__rank=2), False)]
+)
+def test_views_are_for_what_needs_no_cast_and_no_merging(overrides, ready):
+    config = tiny(**overrides)
+    model = mixtral.init(config.model, jax.random.key(0))
+    if config.lora.rank:
+        model = lora.attach(model, lora.init(config.model, config.lora, jax.random.key(1)))
+    assert _lies_ready(model.layers) == ready
 
 
 def test_stacked_experts_are_for_one_device():

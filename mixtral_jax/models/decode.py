@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
@@ -36,7 +37,7 @@ class Prepared:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the new arrays, over all devices (one copy each); the embedding is shared with the model."""
+        """Bytes of all but the embedding, over all devices (one copy each)."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves((self.blocks, self.slots, self.head_DV)))
 
 
@@ -53,8 +54,9 @@ def prepare(model: Mixtral, stacked: bool = False) -> Prepared:
     """Lays the weights out for decoding: layers and experts as separate arrays, matrices in the compute dtype.
 
     It costs a second copy of all weights but the embedding, in model.config.dtype: for 8x7B 93 GB in bfloat16, over all
-    devices together (`Prepared.nbytes` says it exactly). Adapters (lora.attach) are merged into the copy. Whoever no longer needs the model drops it and has the memory
-    back; the peak is both at once. Runs on the current mesh.
+    devices together. Whoever no longer needs the model drops it and has the memory back; the peak is both at once. On a single CPU
+    device and in the dtype that the weights have, there is no copy: the separate arrays are parts of the model's own memory
+    (and a donated model is copied, not overwritten). Adapters (lora.attach) are merged, into a copy. Runs on the current mesh.
 
     Args:
         model: the weights.
@@ -68,13 +70,44 @@ def prepare(model: Mixtral, stacked: bool = False) -> Prepared:
     mesh = jax.sharding.get_abstract_mesh()
     if stacked and not mesh.empty and mesh.size > 1:
         raise UserError(f"prepare(stacked=True) is for one device and the mesh has {mesh.size}; leave out stacked")
-    blocks, slots = [], []
-    for i in range(c.num_layers):
-        block, layer_slots = _split_layer(model.layers, i, stacked)
-        blocks.append(block)
-        slots.append(layer_slots)
+    split = _views if not stacked and _lies_ready(model.layers) else functools.partial(_copies, stacked=stacked)
+    blocks, slots = zip(*split(model.layers), strict=True)
     head_DV = model.head_DV[...].astype(c.dtype)
-    return Prepared(model.embedding_VD[...], blocks, slots, model.final_norm_D[...], head_DV, c)
+    return Prepared(model.embedding_VD[...], list(blocks), list(slots), model.final_norm_D[...], head_DV, c)
+
+
+def _lies_ready(layers: Block) -> bool:
+    """Whether parts of the stacked arrays can be used where they lie: on one CPU device, with nothing to merge or cast."""
+    if jax.default_backend() != "cpu" or layers.lora is not None:
+        return False
+    return all(
+        isinstance(leaf, jax.Array)
+        and not isinstance(leaf, jax.core.Tracer)
+        and len(leaf.devices()) == 1
+        and (leaf.dtype == layers.config.dtype or any(name in jax.tree_util.keystr(path) for name in FLOAT32))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(layers)
+    )
+
+
+def _views(layers: Block):
+    """Yields what `_split_layer` makes of each layer, without a copy: what an index takes off the first axes is contiguous."""
+
+    def part(whole, *index):
+        return jax.device_put(whole[index], device, may_alias=True)
+
+    (device,) = layers.w_router_DE[...].devices()
+    # addressable_data is a jax.Array of its own: a numpy view of the model's would stand in the way of its donation for good.
+    wholes = jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), layers)
+    experts = [getattr(wholes, name)[...] for name in WEIGHTS]
+    for name in WEIGHTS:
+        delattr(wholes, name)
+    for i in range(layers.config.num_layers):
+        slots = [[part(w, i, slice(e, e + 1)) for w in experts] for e in range(layers.config.num_experts)]
+        yield jax.tree.map(lambda whole, i=i: part(whole, i), wholes), slots
+
+
+def _copies(layers: Block, stacked: bool):
+    return (_split_layer(layers, i, stacked) for i in range(layers.config.num_layers))
 
 
 @functools.partial(jax.jit, static_argnames="stacked")
@@ -107,28 +140,6 @@ def _split_layer(layers: Block, i, stacked: bool):
     return block, Stacked(*whole) if stacked else [list(slot) for slot in zip(*stacks, strict=True)]
 
 
-def _layers(weights: Mixtral | Prepared, x_BTD, rope, segment_ids_BT, positions_BT, cache: Cache | None):
-    """Runs all layers; returns x_BTD and the layers' keys and values in the form that Cache holds."""
-    at_B = None if cache is None else cache.length_B
-
-    def body(x_BTD, inputs):
-        block, separate, keys_values = inputs
-        slots = None if cache is None else attention.Slots(*keys_values, at_B)
-        x_BTD, _, keys_values = block(x_BTD, rope, segment_ids_BT, positions_BT, slots, separate)
-        return x_BTD, tuple(constrain(a, "BSGH") for a in keys_values)
-
-    old = None if cache is None else cache.keys_values
-    if isinstance(weights, Mixtral):
-        return scan_layers(body, x_BTD, (weights.layers, None, old), weights.config)
-    keys, values = [], []
-    for i, (block, separate) in enumerate(zip(weights.blocks, weights.slots, strict=True)):
-        past = None if old is None else (old[0][i], old[1][i])
-        x_BTD, (k_BSGH, v_BSGH) = body(x_BTD, (block, separate, past))
-        keys.append(k_BSGH)
-        values.append(v_BSGH)
-    return x_BTD, (keys, values)
-
-
 def _embed(weights: Mixtral | Prepared, tokens_BT):
     return constrain(weights.embedding_VD[...][tokens_BT].astype(weights.config.dtype), "BTD")
 
@@ -143,9 +154,10 @@ def _logits(weights: Mixtral | Prepared, x_BD):
     return lax.with_sharding_constraint(logits_BV, PartitionSpec())
 
 
-@functools.partial(jax.jit, static_argnames="size")
 def prefill(weights: Mixtral | Prepared, tokens_BT, length_B, size: int):
     """Reads the prompts.
+
+    Each of Prepared's layers is a call of one compiled function: in one program, L layers would take L times as long to compile.
 
     Args:
         weights: Mixtral or Prepared.
@@ -156,21 +168,53 @@ def prefill(weights: Mixtral | Prepared, tokens_BT, length_B, size: int):
     Returns:
         logits_BV float32 of each row's next token, and the Cache.
     """
+    if isinstance(weights, Mixtral):
+        return _prefill_stacked(weights, tokens_BT, length_B, size)
+    ends = dataclasses.replace(weights, blocks=[], slots=[])
+    length_B, x_BTD, *places = _begin(ends, tokens_BT, length_B)
+    keys_values = []
+    for block, separate in zip(weights.blocks, weights.slots, strict=True):
+        x_BTD, layer = _prefill_layer(block, separate, x_BTD, *places, size)
+        keys_values.append(layer)
+    logits_BV = _last_logits(ends, x_BTD, length_B)
+    return logits_BV, Cache(tuple(map(list, zip(*keys_values, strict=True))), length_B)
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _prefill_stacked(weights: Mixtral, tokens_BT, length_B, size: int):
+    length_B, x_BTD, *places = _begin(weights, tokens_BT, length_B)
+
+    def body(x_BTD, block):
+        return _prefill_layer(block, None, x_BTD, *places, size)
+
+    x_BTD, keys_values = scan_layers(body, x_BTD, weights.layers, weights.config)
+    return _last_logits(weights, x_BTD, length_B), Cache(keys_values, length_B)
+
+
+@jax.jit
+def _begin(weights: Mixtral | Prepared, tokens_BT, length_B):
+    """length_B on the mesh, the embedded tokens x_BTD, the rotary table, segments and positions."""
     c = weights.config
     b, t = tokens_BT.shape
     positions_BT = jnp.broadcast_to(jnp.arange(t)[None, :], (b, t))
     segment_ids_BT = (positions_BT < length_B[:, None]).astype(jnp.int32)
     rope = rope_table(positions_BT, c.head_dim, c.rope_theta)
-    x_BTD, keys_values = _layers(weights, _embed(weights, tokens_BT), rope, segment_ids_BT, positions_BT, None)
+    return length_B, _embed(weights, tokens_BT), rope, segment_ids_BT, positions_BT
+
+
+@functools.partial(jax.jit, static_argnames="size", donate_argnames="x_BTD")
+def _prefill_layer(block: Block, separate, x_BTD, rope, segment_ids_BT, positions_BT, size: int):
+    """One layer: x_BTD, and its keys and values, each [B, size, G, H]."""
+    x_BTD, _, keys_values = block(x_BTD, rope, segment_ids_BT, positions_BT, None, separate)
+    # What a row has beyond its own length is never visible, and decode overwrites it.
+    padding = ((0, 0), (0, size - x_BTD.shape[1]), (0, 0), (0, 0))
+    return x_BTD, tuple(constrain(jnp.pad(a, padding), "BSGH") for a in keys_values)
+
+
+@jax.jit
+def _last_logits(weights: Mixtral | Prepared, x_BTD, length_B):
     last_B11 = jnp.maximum(length_B - 1, 0)[:, None, None]
-    logits_BV = _logits(weights, jnp.take_along_axis(x_BTD, last_B11, axis=1)[:, 0])
-
-    def grow(a):
-        # What a row has beyond its own length is never visible, and decode overwrites it.
-        padding = [(0, 0)] * (a.ndim - 3) + [(0, size - t), (0, 0), (0, 0)]
-        return jnp.pad(a, padding)
-
-    return logits_BV, Cache(jax.tree.map(grow, keys_values), length_B)
+    return _logits(weights, jnp.take_along_axis(x_BTD, last_B11, axis=1)[:, 0])
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -191,5 +235,19 @@ def decode(weights: Mixtral | Prepared, cache: Cache, token_B, active_B):
     rope = rope_table(at_B[:, None], c.head_dim, c.rope_theta)
     x_B1D = _embed(weights, token_B[:, None])
     active_B1 = active_B[:, None].astype(jnp.int32)
-    x_B1D, keys_values = _layers(weights, x_B1D, rope, active_B1, at_B[:, None], cache)
+
+    def body(x_B1D, inputs):
+        block, separate, keys_values = inputs
+        slots = attention.Slots(*keys_values, at_B)
+        x_B1D, _, keys_values = block(x_B1D, rope, active_B1, at_B[:, None], slots, separate)
+        return x_B1D, tuple(constrain(a, "BSGH") for a in keys_values)
+
+    if isinstance(weights, Mixtral):
+        x_B1D, keys_values = scan_layers(body, x_B1D, (weights.layers, None, cache.keys_values), c)
+    else:
+        layers = []
+        for inputs in zip(weights.blocks, weights.slots, zip(*cache.keys_values, strict=True), strict=True):
+            x_B1D, layer = body(x_B1D, inputs)
+            layers.append(layer)
+        keys_values = tuple(map(list, zip(*layers, strict=True)))
     return _logits(weights, x_B1D[:, 0]), Cache(keys_values, at_B + active_B)

@@ -156,8 +156,8 @@ class Mixtral(nnx.Module):
         self.config = config
         v, d = config.vocab_size, config.d_model
         self.embedding_VD = nnx.Param(normal(rngs.params(), (v, d), config.init_std))
-        stack = nnx.vmap(lambda rngs: Block(config, rngs), graph=False)
-        self.layers = stack(rngs.split(config.num_layers))
+        # A layer after the other: all at once would need as much again for the random bits of all weights.
+        self.layers = lax.map(lambda rngs: Block(config, rngs), rngs.split(config.num_layers))
         self.final_norm_D = nnx.Param(jnp.ones(d))
         self.head_DV = nnx.Param(normal(rngs.params(), (d, v), config.init_std))
 
