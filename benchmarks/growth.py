@@ -24,7 +24,7 @@ from mixtral_jax.models.layers import rope_table
 from mixtral_jax.optim import scale_by_adam
 
 EXPERTS, CHOICES, TOKENS, LENGTHS = (8, 16, 32, 64), (1, 2, 4, 8), (1024, 2048, 4096, 8192), (512, 1024, 2048, 4096)
-ROWS = 256  # of an expert, at least
+ROWS = 256  # of an expert, at least: with fewer experts the same tokens give each more
 
 
 def experts(shape: dict, e: int, k: int, tokens: int, train: bool):
@@ -112,7 +112,7 @@ def measure(shape: dict, rounds: int, small: bool) -> dict:
         found[name] = {str(x): each["median"] for x, each in interleaved(cases, rounds).items()}
 
     most = EXPERTS[:2] if small else EXPERTS
-    tokens = {e: ROWS * e // 2 // part for e in most}
+    tokens = {e: ROWS * max(most) // 2 // part for e in most}
     panel("forward by E", {e: experts(shape, e, 2, n, train=False) for e, n in tokens.items()})
     panel("training by E", {e: experts(shape, e, 2, n, train=True) for e, n in tokens.items()})
     panel("gradient traffic by E", {e: gradient_traffic(shape, e) for e in most})
@@ -165,14 +165,14 @@ def draw(found: dict) -> Figure:
         for name in ("forward by E", "training by E", "gradient traffic by E", "optimizer by E")
     }
     line(panels[0], per_token["forward by E"], "experts, forward")
-    dress(panels[0], f"experts E (K 2, {ROWS} rows each)", "microseconds a token")
+    dress(panels[0], f"experts E (K 2, {tokens[str(max(map(int, tokens)))]:,} tokens)", "microseconds a token")
     base = per_token["gradient traffic by E"]
     work = [per_token["training by E"][e] - base[e] for e in base]
     labels = ("forward and backward", "zeros and adding of weight gradients", "AdamW of the weights")
     panels[1].stackplot(
         [int(e) for e in base], work, base.values(), per_token["optimizer by E"].values(), labels=labels
     )
-    dress(panels[1], f"experts E (K 2, {ROWS} rows each)", "microseconds a token")
+    dress(panels[1], f"experts E (K 2, {tokens[str(max(map(int, tokens)))]:,} tokens)", "microseconds a token")
     for axes, name, x in (
         (panels[2], "forward by K", "choices K (E 8)"),
         (panels[3], "forward by tokens", "tokens (E 8, K 2)"),

@@ -91,6 +91,7 @@ def largest_file(folder: Path) -> Path:
     return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_said_aloud_and_the_newest_good_one_is_used(tmp_path, changes, launch):
     changes |= dict(train__checkpoint_every=2, train__checkpoints_to_keep=3)
     straight, workdir = tmp_path / "straight", tmp_path / "run"

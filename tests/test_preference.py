@@ -329,6 +329,7 @@ def test_without_adapters_the_parameters_are_the_model():
     assert model_of(config, params) is params
 
 
+@pytest.mark.slow
 def test_accumulation_changes_nothing(file):
     """Micro-batches with different numbers of pairs: sums over the step, and no mean of means."""
     shape = dict(train__batch_size=8, train__seq_len=48, dpo__beta=BETA, dpo__sft_weight=0.5, loss__balance_weight=0.0)

@@ -73,11 +73,14 @@ def test_every_way_to_compute_has_the_same_gradients(changes):
     assert_trees_close(named_leaves(grads), named_leaves(want_grads), 1e-5)
 
 
+@pytest.mark.slow
 def test_unrolled_layers_equal_scanned_layers():
     assert_same_run(run(model__scan_layers=False), plain())
 
 
-@pytest.mark.parametrize("policy", ["full", "outputs", "dots"])
+@pytest.mark.parametrize(
+    "policy", ["full", *(pytest.param(name, marks=pytest.mark.slow) for name in ("outputs", "dots"))]
+)
 def test_remat_changes_nothing(policy):
     assert_same_run(run(model__remat=policy), plain())
 

@@ -82,6 +82,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tune, folder, monkeypatch, r
     assert stored(folder / stopped)["arrays"] == stored(folder / straight)["arrays"], "the fingerprints of all"
 
 
+@pytest.mark.slow
 def test_where_the_reference_comes_from_changes_nothing(tune, folder, monkeypatch, capfd):
     """Precomputed or on the fly: the same batches in the same order and the same losses; and it stays what it is."""
     before = weights(folder / "base")

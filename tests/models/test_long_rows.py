@@ -27,6 +27,7 @@ def temporaries(t: int, attention: str) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_is_linear_up_to_32k_tokens():
     sizes = [temporaries(t, "chunked") for t in (8192, 16384, 32768)]
     for small, large in itertools.pairwise(sizes):
@@ -34,6 +35,7 @@ def test_memory_is_linear_up_to_32k_tokens():
     assert sizes[0] < 4 * 8192**2, "a single head's scores at 8k would be more than all of this"
 
 
+@pytest.mark.slow
 def test_plain_is_quadratic():
     """What the test above would see if something were."""
     assert temporaries(8192, "plain") / temporaries(4096, "plain") > 3.5
