@@ -4,7 +4,7 @@
 
 Every candidate is a process of its own (benchmarks/worker.py): they are warm, run one after the other in turns (A B A B ...), twice
 in each turn, of which the second run counts, for in a run's own use nothing pauses before a step; and
-their peak memory is their own. Training is measured beside one peer at a time, for the sake of the machine's memory. In the same turns run a plain matmul, 2048^3 in XLA, and a copy of 256 MB, which are the roof.
+their peak memory is their own. Training is measured beside one peer at a time, for the sake of the machine's memory. In the same turns run a plain matmul, 2048^3 in XLA, and a matrix of 256 MB times a vector, which are the roof.
 All have the huge pages that train.py asks for (mixtral_jax/host_memory.py). A candidate that does not run here is named with
 its reason. Writes results/DATE-cpu.json, .md and .png; cases that are measured later on the same day are added.
 
@@ -66,8 +66,8 @@ PEERS = ("transformers-eager", "transformers-grouped_mm", "transformers-batched_
 CASES = ("train", "moe_forward", "moe_train", "prefill", "decode_1", "decode_8", "decode_32")
 # Cases whose candidates take 5 GB each: more than two of them at a time leave the kernel no huge pages to give.
 PAIRED = ("train",)
-ROOF = ("matmul", "copy")
-SQUARE, COPIED = 2048, 2**28
+ROOF = ("matmul", "read")
+SQUARE, READ = 2048, 2**28
 MOST_BYTES = 8e9  # that a candidate may copy in a layer
 WAIT_SECONDS = 240  # for a candidate to be warm
 
@@ -182,13 +182,13 @@ def measure(case: str, names: list[str], shape: dict, rounds: int) -> dict[str, 
 
     Returns:
         name -> seconds, quartiles, tokens and useful FLOPs per second, the peak memory; or why it does not run. And
-        "roof" -> the matmul's FLOP/s and the copy's bytes per second.
+        "roof" -> the matmul's FLOP/s and the bytes per second that a matrix-vector product reads.
     """
     environment = {**os.environ, host_memory.VARIABLE: host_memory.HUGE_PAGES}
     found: dict[str, dict] = {name: {"reason": too_large(name, case, shape)} for name in names}
     found = {name: each for name, each in found.items() if each["reason"]}
     started = [Candidate(case, name, shape, environment) for name in names if name not in found]
-    roof = {name: Candidate(name, OURS, shape | {"square": SQUARE, "copied": COPIED}, environment) for name in ROOF}
+    roof = {name: Candidate(name, OURS, shape | {"square": SQUARE, "copied": READ}, environment) for name in ROOF}
     try:
         warm = []
         for each in (*started, *roof.values()):
@@ -206,7 +206,7 @@ def measure(case: str, names: list[str], shape: dict, rounds: int) -> dict[str, 
                 found[each.name] = _figures(each, first, case, shape)
         found["roof"] = {
             "matmul_flops": 2 * SQUARE**3 / statistics.median(roof["matmul"].seconds),
-            "copy_bytes": 2 * COPIED / statistics.median(roof["copy"].seconds),
+            "read_bytes": READ / statistics.median(roof["read"].seconds),
         }
     finally:
         for each in (*started, *roof.values()):
@@ -259,7 +259,7 @@ def ran(found: dict[str, dict]) -> dict[str, dict]:
     return {name: each for name, each in found.items() if "seconds" in each}
 
 
-def rows_of(results: dict[str, dict]) -> list[list]:
+def rows_of(results: dict[str, dict], shape: dict = SHAPE) -> list[list]:
     """The table: one row for each case and candidate."""
     rows = []
     for case, found in results.items():
@@ -271,10 +271,11 @@ def rows_of(results: dict[str, dict]) -> list[list]:
             if name == "roof":
                 continue
             if "reason" in each:
-                rows.append([case, name, f"does not run: {each['reason'][:90]}", "", "", "", "", "", ""])
+                rows.append([case, name, f"does not run: {each['reason'][:90]}", *[""] * 7])
                 continue
             ratio = f"{best:.2f}" if best and name == OURS else ""
             share = each["useful_flops_per_second"] / found["roof"]["matmul_flops"]
+            reads = least_bytes(case, shape) / each["seconds"] / found["roof"]["read_bytes"]
             low, high = each["quartiles"]
             rows.append(
                 [
@@ -285,6 +286,7 @@ def rows_of(results: dict[str, dict]) -> list[list]:
                     f"{each['tokens_per_second']:,.1f}",
                     ratio,
                     f"{share:.0%}",
+                    f"{reads:.0%}" if case.startswith("decode") else "",
                     f"{each['peak_bytes'] / 1e9:.2f}",
                     f"{each['peak_bytes_with_start'] / 1e9:.2f}",
                 ]
@@ -294,6 +296,7 @@ def rows_of(results: dict[str, dict]) -> list[list]:
 
 COLUMNS = [
     *("case", "what", "median ms", "quartiles", "tokens/s", "times the best peer", "of the matmul rate"),
+    "weights read, of the bandwidth",
     *("peak GB", "peak GB with the start"),
 ]
 
@@ -303,13 +306,13 @@ def draw(results: dict[str, dict], shape: dict) -> Figure:
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     flops = statistics.median(found["roof"]["matmul_flops"] for found in results.values())
-    copy = statistics.median(found["roof"]["copy_bytes"] for found in results.values())
+    read = statistics.median(found["roof"]["read_bytes"] for found in results.values())
     x = np.geomspace(0.2, 2000, 200)
     axes.plot(
         x,
-        np.minimum(flops, copy * x) / 1e9,
+        np.minimum(flops, read * x) / 1e9,
         color="black",
-        label=f"matmul {flops / 1e9:.0f} GFLOP/s, copy {copy / 1e9:.0f} GB/s",
+        label=f"matmul {flops / 1e9:.0f} GFLOP/s, reading {read / 1e9:.0f} GB/s",
     )
     for i, (case, found) in enumerate(results.items()):
         at = useful_flops(case, shape) / least_bytes(case, shape)
@@ -425,8 +428,8 @@ def main() -> None:
             run = measure_in_pairs if case in PAIRED else measure
             results[case] = run(case, [OURS, *peers], shape, arguments.rounds)
     results = {case: results[case] for case in CASES if case in results}
-    table = rows_of(results)
-    table += [["startup", name, f"{each['startup_seconds'] * 1e3:,.0f}", *[""] * 6] for name, each in starts.items()]
+    table = rows_of(results, shape)
+    table += [["startup", name, f"{each['startup_seconds'] * 1e3:,.0f}", *[""] * 7] for name, each in starts.items()]
     if arguments.small:
         for row in (COLUMNS, *table):
             print(" | ".join(row))

@@ -122,12 +122,16 @@ def matmul(_: str, shape: dict) -> Run:
 
 def copy(_: str, shape: dict) -> Run:
     """The bandwidth of the machine: an array of shape["copied"] bytes is read and written."""
-    if jax.default_backend() == "cpu":  # into an array that is there, or the kernel's clearing of pages is measured
-        ready, into = np.ones(shape["copied"] // 4, np.int32), np.empty(shape["copied"] // 4, np.int32)
-        return lambda: np.copyto(into, ready)
     source = jax.numpy.arange(shape["copied"] // 4, dtype=jax.numpy.int32)
     negate = jax.jit(jax.numpy.negative)  # XLA would return the same buffer of a plain copy
     return lambda: jax.block_until_ready(negate(source))
+
+
+def read(_: str, shape: dict) -> Run:
+    """The bandwidth of reading: a matrix of shape["copied"] bytes, float32, times a vector."""
+    matrix = jax.numpy.ones((4096, shape["copied"] // 4096 // 4), "float32")
+    multiply, vector = jax.jit(jax.numpy.matmul), jax.numpy.ones((1, 4096))
+    return lambda: jax.block_until_ready(multiply(vector, matrix))
 
 
 def train(candidate: str, shape: dict) -> Run:
@@ -254,6 +258,7 @@ def decoding(rows: int):
 CASES = {
     "matmul": matmul,
     "copy": copy,
+    "read": read,
     "train": train,
     "moe_forward": moe_forward,
     "moe_train": moe_train,

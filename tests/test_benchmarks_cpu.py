@@ -33,7 +33,7 @@ RESULTS = {
         "transformers-eager": figures(4.0),
         "transformers-grouped_mm": figures(3.0),
         "transformers-compile": {"reason": "No C++ compiler found"},
-        "roof": {"matmul_flops": 2e9, "copy_bytes": 1e9},
+        "roof": {"matmul_flops": 2e9, "read_bytes": 1e9},
     }
 }
 
@@ -68,15 +68,21 @@ def test_the_table_names_the_best_peer_and_those_that_do_not_run():
     assert all(len(row) == len(cpu.COLUMNS) for row in rows.values())
 
 
+def test_decoding_is_set_beside_the_bandwidth():
+    half_a_second = {cpu.OURS: figures(0.5), "roof": {"matmul_flops": 1e9, "read_bytes": 1e6}}
+    (row,) = cpu.rows_of({"decode_1": half_a_second}, TINY)
+    assert row[7] == f"{cpu.least_bytes('decode_1', TINY) / 0.5 / 1e6:.0%}"
+
+
 def test_pairs_give_the_smallest_ratio_of_one_pair(monkeypatch):
     """Ours took 1 s beside the one and 2 s beside the other: 2.5 / 2 is less than 2 / 1."""
     seconds = {"a": (1.0, 2.0), "b": (2.0, 2.5)}
 
     def measure(case, names, shape, rounds):
         if names[1] == "c":
-            return {cpu.OURS: figures(9.0), "c": {"reason": "no"}, "roof": {"matmul_flops": 9e9, "copy_bytes": 9e9}}
+            return {cpu.OURS: figures(9.0), "c": {"reason": "no"}, "roof": {"matmul_flops": 9e9, "read_bytes": 9e9}}
         ours, peer = seconds[names[1]]
-        return {cpu.OURS: figures(ours), names[1]: figures(peer), "roof": {"matmul_flops": 1e9, "copy_bytes": 1e9}}
+        return {cpu.OURS: figures(ours), names[1]: figures(peer), "roof": {"matmul_flops": 1e9, "read_bytes": 1e9}}
 
     monkeypatch.setattr(cpu, "measure", measure)
     found = cpu.measure_in_pairs("train", [cpu.OURS, "a", "b", "c"], TINY, 5)
@@ -112,15 +118,15 @@ def test_weights_for_every_token_are_refused_with_both_numbers():
 
 
 def test_a_worker_measures_and_one_that_cannot_run_says_why(monkeypatch):
-    monkeypatch.setattr(cpu, "ROOF", ("matmul", "copy"))
+    monkeypatch.setattr(cpu, "ROOF", ("matmul", "read"))
     monkeypatch.setattr(cpu, "SQUARE", 64)
-    monkeypatch.setattr(cpu, "COPIED", 2**16)
+    monkeypatch.setattr(cpu, "READ", 2**16)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     found = cpu.measure("moe_forward", [cpu.OURS, "mixtral_jax-nonsense"], cpu.SMALL, rounds=2)
     assert found[cpu.OURS]["rounds"] == 2
     assert 1e8 < found[cpu.OURS]["peak_bytes"] <= found[cpu.OURS]["peak_bytes_with_start"]
     assert "there is no option nonsense" in found["mixtral_jax-nonsense"]["reason"]
-    assert set(found["roof"]) == {"matmul_flops", "copy_bytes"}
+    assert set(found["roof"]) == {"matmul_flops", "read_bytes"}
 
 
 def test_a_forgotten_peak_is_what_is_there_now():

@@ -83,7 +83,11 @@ class Block(nnx.Module):
         else:
             keys_values = attention.append(slots, k_BTGH, v_BTGH)
             out_BTNH = attention.attend_to_cache(q_BTNH, *keys_values, slots.at_B, self.config.sliding_window)
-        out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.w_o_NHD[...].astype(dtype))
+        w_o_NHD = self.w_o_NHD[...].astype(dtype)
+        if slots is None:
+            out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, w_o_NHD)
+        else:  # The same as matrices: XLA:CPU would copy the weights into the order of axes that attention left, at each step.
+            out_BTD = out_BTNH.reshape(*x_BTD.shape[:2], -1) @ w_o_NHD.reshape(-1, x_BTD.shape[2])
         if self.lora is not None:
             out_BTD = self.lora.attention("o", out_BTNH, out_BTD)
         return constrain(out_BTD, "BTD"), keys_values
