@@ -45,6 +45,8 @@ SHAPE = dict(
     seq_len=512,
     prompt=32,
     new_tokens=16,
+    batches=256,  # of the case `data`, in one run
+    rows=8192,  # that its file fills
     dtype="float32",
     moments="float32",
     remat="none",
@@ -60,10 +62,13 @@ SMALL = SHAPE | dict(
     d_ff=128,
     seq_len=64,
     new_tokens=4,
+    batches=4,
+    rows=64,
 )
 OURS = "mixtral_jax"
 PEERS = ("transformers-eager", "transformers-grouped_mm", "transformers-batched_mm", "transformers-compile")
-CASES = ("train", "moe_forward", "moe_train", "prefill", "decode_1", "decode_8", "decode_32")
+CASES = ("train", "moe_forward", "moe_train", "prefill", "decode_1", "decode_8", "decode_32", "data")
+READERS = ("transformers-dataloader",)  # the case `data` has peers of its own
 # Cases whose candidates take 5 GB each: more than two of them at a time leave the kernel no huge pages to give.
 PAIRED = ("train",)
 ROOF = ("matmul", "read")
@@ -128,6 +133,8 @@ def useful_flops(case: str, shape: dict) -> float:
     2 per multiply-add of every active weight and token, attention's scores on average over half the context; three times
     that with gradients.
     """
+    if case == "data":
+        return 0.0
     d, f, k, layers = shape["d_model"], shape["d_ff"], shape["experts_per_token"], shape["num_layers"]
     n, g, h = shape["num_heads"], shape["num_kv_heads"], shape["head_dim"]
     tokens = shape["batch"] * shape["seq_len"]
@@ -153,7 +160,7 @@ def unit_tokens(case: str, shape: dict) -> int:
     """Tokens of one run."""
     if case.startswith("decode"):
         return int(case.rpartition("_")[2]) * shape["new_tokens"]
-    return shape["batch"] * shape["seq_len"]
+    return shape["batch"] * shape["seq_len"] * (shape["batches"] if case == "data" else 1)
 
 
 def least_bytes(case: str, shape: dict) -> float:
@@ -285,7 +292,7 @@ def rows_of(results: dict[str, dict], shape: dict = SHAPE) -> list[list]:
                     f"{low * 1e3:,.1f} to {high * 1e3:,.1f}",
                     f"{each['tokens_per_second']:,.1f}",
                     ratio,
-                    f"{share:.0%}",
+                    f"{share:.0%}" if share else "",
                     f"{reads:.0%}" if case.startswith("decode") else "",
                     f"{each['peak_bytes'] / 1e9:.2f}",
                     f"{each['peak_bytes_with_start'] / 1e9:.2f}",
@@ -315,6 +322,8 @@ def draw(results: dict[str, dict], shape: dict) -> Figure:
         label=f"matmul {flops / 1e9:.0f} GFLOP/s, reading {read / 1e9:.0f} GB/s",
     )
     for i, (case, found) in enumerate(results.items()):
+        if not useful_flops(case, shape):
+            continue
         at = useful_flops(case, shape) / least_bytes(case, shape)
         here = ran(found)
         peers = [each for name, each in here.items() if name != OURS]
@@ -426,7 +435,9 @@ def main() -> None:
             starts = startup(1 if arguments.small else 3)
         else:
             run = measure_in_pairs if case in PAIRED else measure
-            results[case] = run(case, [OURS, *peers], shape, arguments.rounds)
+            results[case] = run(
+                case, [OURS, *(READERS if case == "data" and peers else peers)], shape, arguments.rounds
+            )
     results = {case: results[case] for case in CASES if case in results}
     table = rows_of(results, shape)
     table += [["startup", name, f"{each['startup_seconds'] * 1e3:,.0f}", *[""] * 7] for name, each in starts.items()]

@@ -5,16 +5,22 @@ decoding has its weights), remat_ and one of model.remat, offload (Adam's moment
 tuned (tokamax's tiles are those of benchmarks/tune.py); the flags are in the environment already.
 """
 
+import atexit
 import dataclasses
 import functools
+import itertools
+import shutil
+import tempfile
+from pathlib import Path
 
 import jax
 import numpy as np
 
 from benchmarks.grouped import GROUPED
-from benchmarks.worker import Run, tokens
+from benchmarks.worker import Run, documents_of, tokens
 from configs.common import base, shrink
 from mixtral_jax.config import Config, from_config_dict, resolve_mesh
+from mixtral_jax.data import Batches, TokenFile, pack
 from mixtral_jax.kernels import BACKENDS
 from mixtral_jax.metrics import device_peak_flops
 from mixtral_jax.models import mixtral
@@ -255,6 +261,27 @@ def decoding(rows: int):
     return build
 
 
+def data_case(_: str, shape: dict) -> Run:
+    """Shuffled batches of packed rows out of a stored token file, as the loop gets them: targets, weights, positions, documents."""
+    lengths = documents_of(shape)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = Path(folder, "tokens.npy")
+    np.save(path, tokens(shape, 1, offsets[-1])[0].astype(np.uint16))
+    names = [str(i) for i in range(len(lengths))]
+    file = TokenFile(np.load(path, mmap_mode="r"), offsets, lengths, names)
+    t = shape["seq_len"]
+    batches = Batches(file, pack(lengths, t), batch_size=shape["batch"], seq_len=t, seed=0)
+    next_ = itertools.count()
+
+    def run() -> None:
+        for _ in range(shape["batches"]):
+            batches.batch(next(next_))
+
+    return run
+
+
 CASES = {
     "matmul": matmul,
     "copy": copy,
@@ -266,4 +293,5 @@ CASES = {
     "decode_1": decoding(1),
     "decode_8": decoding(8),
     "decode_32": decoding(32),
+    "data": data_case,
 }

@@ -4,12 +4,15 @@ Candidates: transformers-eager, transformers-grouped_mm, transformers-batched_mm
 the first). Training is AdamW (fused) with the router's auxiliary loss, as ours.
 """
 
+import atexit
 import copy
+import shutil
+import tempfile
 
 import torch
 import transformers
 
-from benchmarks.worker import Run, tokens
+from benchmarks.worker import Run, documents_of, tokens
 
 
 def _model(candidate: str, shape: dict):
@@ -152,6 +155,32 @@ def decoding(rows: int):
     return build
 
 
+def data_case(candidate: str, shape: dict) -> Run:
+    """Shuffled batches through transformers' collator and torch's DataLoader, of rows cut out of all documents one after the other.
+
+    They were cut and stored before, as transformers' own scripts do it; documents in a row are not told apart.
+    """
+    import datasets
+
+    total, t = int(documents_of(shape).sum()), shape["seq_len"]
+    rows = tokens(shape, 1, total // t * t).reshape(-1, t)
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}).save_to_disk(folder)
+    loader = torch.utils.data.DataLoader(
+        datasets.load_from_disk(folder), shape["batch"], shuffle=True, collate_fn=transformers.default_data_collator
+    )
+    held = [iter(loader)]
+
+    def run() -> None:
+        for _ in range(shape["batches"]):
+            batch = next(held[0], None)
+            if batch is None:  # the next epoch
+                held[0] = iter(loader)
+
+    return run
+
+
 CASES = {
     "train": train,
     "moe_forward": moe_forward,
@@ -160,4 +189,5 @@ CASES = {
     "decode_1": decoding(1),
     "decode_8": decoding(8),
     "decode_32": decoding(32),
+    "data": data_case,
 }

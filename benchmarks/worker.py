@@ -76,6 +76,13 @@ def tokens(shape: dict, rows: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).integers(3, shape["vocab_size"], (rows, width)).astype(np.int32)
 
 
+def documents_of(shape: dict) -> np.ndarray:
+    """Lengths of the documents of the case `data`, the same for all candidates: 32 to two rows' length, together 8,192 rows."""
+    longest = 2 * shape["seq_len"]
+    count = 2 * shape["rows"] * shape["seq_len"] // (32 + longest)
+    return np.random.default_rng(1).integers(32, longest, count)
+
+
 def _say(what: dict) -> None:
     print(json.dumps(what), flush=True)
 
