@@ -3,8 +3,8 @@ PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 # make demo STEPS=40 is the short form; SFT takes as many steps, DPO three quarters.
 STEPS ?= 400
-# Processes that share a suite's files. Nearly all of its time is compilation, which keeps one core busy. The slow part starts
-# processes of its own and parity has torch's threads: they stay alone.
+# Processes that share a suite's files. Nearly all of its time is compilation, which keeps one core busy. Slow tests that start
+# processes of their own stay alone, and so does parity, which has torch's threads.
 WORKERS ?= 2
 
 .PHONY: venv demo test test-all parity lint benchmark clean
@@ -49,7 +49,8 @@ test: .venv/installed-dev
 	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-all: .venv/installed-dev
-	.venv/bin/python -m pytest -m "slow and not gpu and not parity"
+	.venv/bin/python -m pytest -m "slow and not gpu and not parity and not processes" -n $(WORKERS) --dist loadfile
+	.venv/bin/python -m pytest -m "slow and not gpu and not parity and processes"
 
 parity: .venv-parity/installed
 	.venv-parity/bin/python -m pytest -m parity

@@ -19,6 +19,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_compilation_cache", False)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks the tests of modules that start processes: they wait with deadlines, and the slow ones run with nothing beside them."""
+    for item in items:
+        used = vars(item.module).values()
+        homes = {getattr(v, "__name__", "") for v in used} | {getattr(v, "__module__", "") for v in used}
+        if homes & {"subprocess", "tests.processes"}:
+            item.add_marker("processes")
+
+
 def pytest_runtest_setup(item):
     """What needs a GPU says so where there is none; by default it is not collected at all."""
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
