@@ -15,12 +15,13 @@ import jax
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleaved(cases: dict[str, Callable], rounds: int) -> dict[str, dict[str, float]]:
+def interleaved(cases: dict[str, Callable], rounds: int, warm: bool = False) -> dict[str, dict[str, float]]:
     """Times functions in turn, A B C A B C ..., so that a noisy machine is noisy for all of them.
 
     Args:
         cases: name -> function that returns JAX arrays; each is called once before, to compile and warm up.
         rounds: how often each is timed.
+        warm: run each once more before it is timed, in every round: what it freed in the round before has gone back to the system.
 
     Returns:
         name -> median, lowest and highest seconds.
@@ -30,6 +31,8 @@ def interleaved(cases: dict[str, Callable], rounds: int) -> dict[str, dict[str, 
     seconds = {name: [] for name in cases}
     for _ in range(rounds):
         for name, run in cases.items():
+            if warm:
+                jax.block_until_ready(run())
             start = time.perf_counter()
             jax.block_until_ready(run())
             seconds[name].append(time.perf_counter() - start)
