@@ -329,7 +329,7 @@ def draw(results: dict[str, dict], shape: dict) -> Figure:
         peers = [each for name, each in here.items() if name != OURS]
         if OURS in here:
             axes.plot(at, here[OURS]["useful_flops_per_second"] / 1e9, "o", color="tab:blue")
-            side = (8, -4) if i % 2 else (-8, -4)  # neighbours do not cover each other
+            side = (8, -14 if i % 4 == 3 else -4) if i % 2 else (-8, -4)  # neighbours do not cover each other
             place = (at, here[OURS]["useful_flops_per_second"] / 1e9)
             axes.annotate(case, place, side, textcoords="offset points", ha="left" if i % 2 else "right")
         if peers:

@@ -188,8 +188,8 @@ def draw(found: dict) -> Figure:
         axes.plot([int(x) for x in values], list(values.values()), "o-", label=label)
 
     def dress(axes, x: str, y: str) -> None:
-        axes.set(xlabel=x, ylabel=y, ylim=(0, None))
-        axes.legend(frameon=False)
+        axes.set(xlabel=x, ylabel=y, ylim=(0, 1.4 * axes.get_ylim()[1]))  # the legend is above the lines
+        axes.legend(frameon=False, loc="upper left")
 
     per_token = {
         name: {e: 1e6 * s / tokens[e] for e, s in found[name].items()}
