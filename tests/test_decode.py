@@ -209,6 +209,35 @@ def test_bfloat16_follows_its_own_full_forward():
         logits, cache = decode(weights, cache, np.asarray([row[i]], np.int32), np.ones(1, bool))
 
 
+@pytest.mark.slow
+def test_decoding_equals_the_full_forward_at_real_width():
+    """One layer of 4 experts, 4096 x 14336: prefill, then row by row (2 rows) and grouped (5), against the forward pass of training.
+
+    Tolerance: sums over 14,336 products in float32 differ by the order of their terms.
+    """
+    wide = dict(d_model=4096, num_heads=32, num_kv_heads=8, head_dim=128, d_ff=14336, num_experts=4, num_layers=1)
+    config = tiny(model__vocab_size=512, **{f"model__{name}": value for name, value in wide.items()})
+    rng = np.random.default_rng(0)
+
+    def weight(path, like):
+        if "norm" in jax.tree_util.keystr(path):
+            return jnp.ones(like.shape)
+        return jnp.asarray(rng.standard_normal(like.shape, np.float32) * np.float32(0.02))
+
+    model = jax.tree_util.tree_map_with_path(weight, mixtral.abstract(config.model))
+    prepared = prepare(model)
+    for rows in (2, 5):
+        texts = random_rows(512, (10,) * rows, seed=rows)
+        want = full_logits(model, texts, 10)
+        start = np.asarray([7, 5, 6, 7, 4][:rows], np.int32)
+        logits, cache = prefill(prepared, np.asarray(texts, np.int32)[:, :7], start, 10)
+        for i in range(3):
+            error = np.abs(logits - want[np.arange(rows), start + i - 1]).max()
+            assert error < 1e-4 * np.abs(want).max(), (rows, i)
+            token = np.asarray([text[at + i] for text, at in zip(texts, start, strict=True)], np.int32)
+            logits, cache = decode(prepared, cache, token, np.ones(rows, bool))
+
+
 def test_a_row_alone_equals_the_row_in_a_batch():
     _, model = byte_model()
     prompts = ["alone", "or together with others of other lengths", "alone"]
