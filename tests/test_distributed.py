@@ -98,6 +98,8 @@ def test_one_that_waits_in_vain_says_how_many_came(tmp_path):
 def test_one_that_waits_says_so_and_ends_at_ctrl_c():
     port = launch.free_port()
     program = (
+        # A suite that was started in the background ignores Ctrl-C, and its children do.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from mixtral_jax import cli, distributed; distributed.TELL_SECONDS = 1\n"
         f"cli.run(lambda: distributed.start(dict(coordinator='127.0.0.1:{port}', processes=2, process_id=0), 100), '')"
     )
