@@ -1,5 +1,6 @@
 """What the benchmarks share: interleaved timing, medians with spread, and dated results with machine and versions."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -50,12 +51,32 @@ def device_slug(device: str) -> str:
     return next((word for word in words if word[0] in "abhlv" and word[1:].isdigit()), "other")
 
 
+def _cpuinfo() -> dict[str, str]:
+    """What /proc/cpuinfo says of the first core; nothing where there is none."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return {}
+
+
+def cpu_slug() -> str:
+    """A short name of the CPU for files: "amd-25-17" is AMD's family 25, model 17. Virtual machines hide the model's name."""
+    here = _cpuinfo()
+    if not {"vendor_id", "cpu family", "model"} <= here.keys():
+        return platform.machine()
+    vendor = here["vendor_id"].removeprefix("Authentic").removeprefix("Genuine").lower()
+    return f"{vendor}-{here['cpu family']}-{here['model']}"
+
+
+def stem(name: str, device: str | None = None) -> str:
+    """The name of today's results of this machine, without a suffix: on a CPU with its kind, for machines differ by twice."""
+    device = device or jax.devices()[0].device_kind
+    return f"{today()}-{name}" + (f"-{cpu_slug()}" if device == "cpu" else "")
+
+
 def machine(device: str | None = None) -> dict[str, str | int]:
     """The machine and the versions that a result depends on; `device` where this process is not the one that used it."""
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.machine(),
-    )
+    model = f"{_cpuinfo().get('model name', platform.machine())} ({cpu_slug()})"
     device = device or jax.devices()[0].device_kind
     versions = {name: version(name) for name in ("jax", "jaxlib", "numpy")}
     return {
@@ -67,14 +88,14 @@ def machine(device: str | None = None) -> dict[str, str | int]:
 
 
 def write(name: str, title: str, columns: list[str], rows: list[list], extra: dict, device: str | None = None) -> None:
-    """Prints a table and writes results/DATE-NAME.json and .md; for `device` see machine."""
-    date, here = today(), machine(device)
+    """Prints a table and writes results/STEM.json and .md: see `stem`, and `machine` for device."""
+    date, here, at = today(), machine(device), stem(name, device)
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
     about = ", ".join(f"{key} {value}" for key, value in here.items())
     RESULTS.mkdir(exist_ok=True)
     text = f"# {title}\n\n{date}; {about}.\n\n" + "\n".join(lines) + "\n"
-    (RESULTS / f"{date}-{name}.md").write_text(text)
+    (RESULTS / f"{at}.md").write_text(text)
     record = {"date": date, "machine": here, "columns": columns, "rows": rows, **extra}
-    (RESULTS / f"{date}-{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    (RESULTS / f"{at}.json").write_text(json.dumps(record, indent=2) + "\n")
     print(text)

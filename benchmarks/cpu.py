@@ -6,7 +6,7 @@ Every candidate is a process of its own (benchmarks/worker.py): they are warm, r
 in each turn, of which the second run counts, for in a run's own use nothing pauses before a step; and
 their peak memory is their own. Training is measured beside one peer at a time, for the sake of the machine's memory. In the same turns run a plain matmul, 2048^3 in XLA, and a matrix of 256 MB times a vector, which are the roof.
 All have the huge pages that train.py asks for (mixtral_jax/host_memory.py). A candidate that does not run here is named with
-its reason. Writes results/DATE-cpu.json, .md and .png; cases that are measured later on the same day are added.
+its reason. Writes results/DATE-cpu-CPU.json, .md and .png; cases that are measured later on the same day are added.
 
 The case `startup` is another kind: seconds from the start of a process to the end of its first step of configs/tiny.py, with an
 empty cache of compiled programs and with a full one, beside a script with torch and transformers.
@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.common import RESULTS, today, write
+from benchmarks.common import RESULTS, stem, write
 from mixtral_jax import host_memory
 
 SHAPE = dict(
@@ -426,7 +426,7 @@ def main() -> None:
     if not there:
         print("transformers and torch are not installed here: ours is measured alone (requirements-parity.txt)")
     shape = SMALL if arguments.small else SHAPE
-    path = RESULTS / f"{today()}-cpu.json"
+    path = RESULTS / f"{stem('cpu', 'cpu')}.json"
     results = {} if arguments.small else earlier(path, shape)
     starts = json.loads(path.read_text()).get("startup", {}) if results else {}
     for case in cases:
@@ -448,7 +448,7 @@ def main() -> None:
     versions = {name: version(name) for name in ("torch", "transformers") if importlib.util.find_spec(name)}
     about = {"results": results, "startup": starts, "load": os.getloadavg(), "shape": shape, "peers": versions}
     title = f"CPU, 214,213,120 parameters, float32, beside {', '.join(f'{name} {v}' for name, v in versions.items()) or 'nobody'}"
-    write("cpu", title, COLUMNS, table, about)
+    write("cpu", title, COLUMNS, table, about, "cpu")
     if results:
         draw(results, shape).savefig(path.with_suffix(".png"), dpi=110)
 

@@ -5,7 +5,7 @@
 float32, D 512, F 1792. Assignments are balanced by construction (a random permutation), so that rows per expert are what the
 figure says; the panel of T has whole layers and their own router. The points of a panel take turns, twice in each, of which the second counts (as in
 benchmarks/cpu.py). Writes
-results/DATE-growth.json, .md and .png.
+results/DATE-growth-CPU.json, .md and .png.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks import ours
-from benchmarks.common import RESULTS, interleaved, today, write
+from benchmarks.common import RESULTS, interleaved, stem, write
 from benchmarks.cpu import OURS, SHAPE, SMALL
 from mixtral_jax import host_memory
 from mixtral_jax.models import attention, moe
@@ -236,7 +236,7 @@ def main() -> None:
         print(*rows, sep="\n")
         return
     write("growth", "How cost grows, float32, D 512, F 1792", columns, rows, {"seconds": found, "claims": said})
-    figure.savefig(RESULTS / f"{today()}-growth.png", dpi=110)
+    figure.savefig(RESULTS / f"{stem('growth')}.png", dpi=110)
 
 
 if __name__ == "__main__":

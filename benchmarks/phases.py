@@ -3,7 +3,7 @@
     python -m benchmarks.phases [--rounds=9]
 
 The model of benchmarks/cpu.py. A phase alone allocates its own results, so the sum is not exactly the step. Writes
-results/DATE-phases.json and .md.
+results/DATE-phases-CPU.json and .md.
 """
 
 import argparse

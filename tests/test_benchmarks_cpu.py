@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import cpu, growth, phases
+from benchmarks import common, cpu, growth, phases
 from benchmarks.worker import forget_peak, peak_bytes
 
 TINY = cpu.SMALL | dict(vocab_size=100, num_layers=3, d_model=10, num_heads=2, num_kv_heads=1, head_dim=5, d_ff=7)
@@ -107,6 +107,20 @@ def test_cases_of_a_day_are_kept_together_if_their_shape_is_the_same(tmp_path):
     path.write_text(json.dumps({"results": RESULTS, "shape": TINY}))
     assert cpu.earlier(path, TINY) == RESULTS
     assert cpu.earlier(path, TINY | {"batch": 3}) == {}
+
+
+@pytest.mark.parametrize("cpu_of", [("GenuineIntel", 6, 143, "intel-6-143"), ("AuthenticAMD", 25, 17, "amd-25-17")])
+def test_results_of_two_kinds_of_cpu_are_two_files(tmp_path, monkeypatch, cpu_of):
+    vendor, family, model, slug = cpu_of
+    facts = {"vendor_id": vendor, "cpu family": str(family), "model": str(model), "model name": "Hidden"}
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(common, "_cpuinfo", lambda: facts)
+    common.write("cpu", "A title", ["a"], [[1]], {}, "cpu")
+    (stored,) = tmp_path.glob("*.json")
+    assert stored.stem.endswith(f"-cpu-{slug}")
+    assert json.loads(stored.read_text())["machine"]["cpu"] == f"Hidden ({slug})"
+    monkeypatch.setattr(common, "_cpuinfo", dict)
+    assert common.cpu_slug() == common.platform.machine()
 
 
 def test_weights_for_every_token_are_refused_with_both_numbers():

@@ -90,6 +90,23 @@ def test_cached_logits_equal_the_full_forward_at_every_step(name, form, rows):
     assert name != "window_top3" or config.model.sliding_window < width, "the window must have something to hide"
 
 
+@pytest.mark.parametrize("together", [1, 2, 4, 8])
+def test_decoding_some_layers_at_a_time_equals_the_full_forward(monkeypatch, together):
+    """5 layers, in programs of so many; the last has fewer. Keys and values are overwritten where they are, without a copy."""
+    monkeypatch.setattr("mixtral_jax.models.decode.LAYERS_TOGETHER", together)
+    config = tiny(model__num_layers=5)
+    model = mixtral.init(config.model, jax.random.key(0))
+    texts = random_rows(config.model.vocab_size, (10,) * 3)
+    want, prepared = full_logits(model, texts, 10), prepare(model)
+    _, cache = prefill(prepared, np.asarray(texts, np.int32)[:, :6], np.full(3, 6, np.int32), 10)
+    for at in range(6, 10):
+        held = cache
+        logits, cache = decode(prepared, held, np.asarray(texts, np.int32)[:, at], np.ones(3, bool))
+        np.testing.assert_allclose(logits, want[:, at], rtol=0, atol=1e-5)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(held.keys_values))
+    assert [len(part) for part in cache.keys_values] == [5, 5]
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_greedy_equals_an_argmax_loop_over_full_forwards(form):
     config, model = parity_model("wide_heads")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mixtral_jax.kernels.blocks import cut, keep_grouped, matmul, over_blocks, padded, put, silu_and_slope
+from mixtral_jax.kernels.blocks import cut, keep_grouped, matmul, over_blocks, padded, put, rungs, silu_and_slope
 
 
 class ExpertAdapters(NamedTuple):
@@ -80,7 +80,7 @@ def grouped_swiglu_lora(x_MD, weights, adapters: ExpertAdapters, group_sizes_e, 
             delta_bD, _ = _low_rank(hidden_bF, factors.down_a_eFR, factors.down_b_eRD, scale)
             return put(y_MD, matmul(hidden_bF, w_down_FD, (1, 0)) + delta_bD, start + first)
 
-        return over_blocks(size, block, one_block, y_MD), None
+        return over_blocks(size, rungs(block), one_block, y_MD), None
 
     y_MD, _ = lax.scan(one_expert, jnp.zeros_like(padded_MD), (weights, adapters, starts_e, group_sizes_e))
     return keep_grouped(y_MD[:m], group_sizes_e)
@@ -128,7 +128,7 @@ def _backward(block, scale, saved, dy_MD):
             return put(dx_MD, dx_bD, at), jax.tree.map(jnp.add, grads, more)
 
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), masters)
-        dx_MD, grads = over_blocks(size, block, one_block, (dx_MD, zeros))
+        dx_MD, grads = over_blocks(size, rungs(block), one_block, (dx_MD, zeros))
         return dx_MD, jax.tree.map(lambda grad, a: grad.astype(a.dtype), grads, masters)
 
     dx_MD, grads = lax.scan(one_expert, jnp.zeros_like(padded_MD), (weights, adapters, starts_e, group_sizes_e))

@@ -52,21 +52,32 @@ def rungs(block: int) -> list[int]:
     return sizes
 
 
-def over_blocks(size, block: int, one_block, carry):
+def quarters(block: int) -> list[int]:
+    """As `rungs`, with fewer sizes: block, its quarter and so on. For experts that each have loops of their own, forward only.
+
+    A program's size, and so the memory it keeps, grows with the number of loops; a block costs the forward pass little.
+    """
+    sizes = [block]
+    while sizes[-1] > SMALLEST and sizes[-1] % SMALLEST == 0:
+        sizes.append(max(sizes[-1] // (4 * SMALLEST), 1) * SMALLEST)
+    return sizes
+
+
+def over_blocks(size, sizes: list[int], one_block, carry):
     """Covers `size` rows, known at run time, with blocks: carry = one_block(rows, first, carry) for each.
 
     Args:
         size: int32 scalar.
-        block: rows of the largest block.
+        sizes: of blocks, descending, each a multiple of the last.
         one_block: gets the block's static number of rows and the int32 place of its first one, of `size`. The last one
             may reach beyond `size`, by less than the smallest rung.
         carry: any pytree.
     """
-    sizes = rungs(block)
-    left = (size + sizes[-1] - 1) // sizes[-1] * sizes[-1]
+    # lax.div: of numbers that cannot be negative, Python's // is ten operations for one, and there are many of these loops.
+    left = lax.div(size + sizes[-1] - 1, sizes[-1]) * sizes[-1]
     first = jnp.zeros_like(left)
     for rows in sizes:
-        count = left // rows
+        count = lax.div(left, rows)
 
         def step(i, carry, rows=rows, first=first):
             return one_block(rows, first + i * rows, carry)
@@ -84,18 +95,18 @@ def keep_grouped(y_MD, group_sizes_e):
 
 def cut(x_MD, at, rows: int):
     """`rows` rows from `at`."""
-    return lax.dynamic_slice(x_MD, (at, 0), (rows, x_MD.shape[1]))
+    return lax.dynamic_slice(x_MD, (at, 0), (rows, x_MD.shape[1]), allow_negative_indices=False)
 
 
 def put(x_MD, part_bD, at):
     """x with part's rows from `at`, in x's dtype."""
-    return lax.dynamic_update_slice(x_MD, part_bD.astype(x_MD.dtype), (at, 0))
+    return lax.dynamic_update_slice(x_MD, part_bD.astype(x_MD.dtype), (at, 0), allow_negative_indices=False)
 
 
-def expert_blocks(y_MD, padded_MD, weights, start, size, block: int, kept=(), branches: tuple[int, ...] = ()):
+def expert_blocks(y_MD, padded_MD, weights, start, size, sizes: list[int], kept=(), branches: tuple[int, ...] = ()):
     """Runs one expert over the blocks of its own rows, `size` rows from `start`, and writes the results into y_MD.
 
-    `kept` is empty, or two arrays [M, F] that gate and up are written into. Returns y_MD and kept.
+    `sizes` are those of over_blocks. `kept` is empty, or two arrays [M, F] that gate and up are written into. Returns y_MD and kept.
     `branches` are sizes of blocks, ascending, the last at least `size`: then one block does it, of the first that is large
     enough, and there is no loop.
     """
@@ -117,7 +128,7 @@ def expert_blocks(y_MD, padded_MD, weights, start, size, block: int, kept=(), br
     if branches:
         choice = sum((size > rows).astype(jnp.int32) for rows in (0, *branches[:-1]))
         return lax.switch(choice, [lambda carry: carry, *(functools.partial(one_block, b, 0) for b in branches)], carry)
-    return over_blocks(size, block, one_block, carry)
+    return over_blocks(size, sizes, one_block, carry)
 
 
 class Stacks(NamedTuple):
@@ -134,7 +145,12 @@ def _expert(weights, e):
     if not isinstance(weights, Stacks):
         return [lax.dynamic_index_in_dim(w, e, keepdims=False) for w in weights]
     *stacks, layer = weights
-    return [lax.dynamic_slice(w, (layer, e, 0, 0), (1, 1, *w.shape[2:])).reshape(w.shape[2:]) for w in stacks]
+
+    def matrix(w):
+        shape = w.shape[2:]
+        return lax.dynamic_slice(w, (layer, e, 0, 0), (1, 1, *shape), allow_negative_indices=False).reshape(shape)
+
+    return [matrix(w) for w in stacks]
 
 
 def grouped_swiglu(
@@ -172,7 +188,7 @@ def _run(x_MD, weights, group_sizes_e, block: int, keep: bool):
     def one_expert(carry, inputs):
         e, start, size = inputs
         y_MD, kept = carry
-        return expert_blocks(y_MD, padded_MD, _expert(weights, e), start, size, block, kept), None
+        return expert_blocks(y_MD, padded_MD, _expert(weights, e), start, size, rungs(block), kept), None
 
     inputs = (jnp.arange(len(starts_e)), starts_e, group_sizes_e)
     (y_MD, kept), _ = lax.scan(one_expert, (jnp.zeros_like(padded_MD), kept), inputs)
@@ -227,7 +243,7 @@ def _backward(block, keep, saved, dy_MD):
                 grads = [d_w.at[e].add(matmul(*pair, (0, 0))) for d_w, pair in zip(grads, pairs, strict=True)]
             return put(dx_MD, dx_bD, at), *grads
 
-        return over_blocks(size, block, one_block, carry), None
+        return over_blocks(size, rungs(block), one_block, carry), None
 
     # All experts' gradients in one carry: as outputs of the scan each would be filled with zeros and copied once more.
     shapes = [(len(starts_e), *w.shape[-2:]) for w in weights[:3]]

@@ -16,11 +16,16 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from mixtral_jax.config import ModelConfig, UserError
+from mixtral_jax.kernels.separate import FEW_ROWS
 from mixtral_jax.models import attention, lora
 from mixtral_jax.models.layers import FLOAT32, rms_norm, rope_table
 from mixtral_jax.models.mixtral import Block, Mixtral, scan_layers
 from mixtral_jax.models.moe import WEIGHTS, Stacked, separate_spec
 from mixtral_jax.sharding import constrain, param_spec
+
+# Of a program that decodes several rows on a CPU. All in one take longer to compile and leave more in memory (for 8 layers and 8
+# rows 0.1 GB); each program that a step consists of costs it half a millisecond.
+LAYERS_TOGETHER = 4
 
 
 @jax.tree_util.register_dataclass
@@ -217,9 +222,11 @@ def _last_logits(weights: Mixtral | Prepared, x_BTD, length_B):
     return _logits(weights, jnp.take_along_axis(x_BTD, last_B11, axis=1)[:, 0])
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
 def decode(weights: Mixtral | Prepared, cache: Cache, token_B, active_B):
     """Reads one token of each row at the row's own position.
+
+    One program; on a CPU, for more rows than FEW_ROWS, one for each LAYERS_TOGETHER of Prepared's layers, and those that have
+    the same sizes share it.
 
     Args:
         weights: Mixtral or Prepared.
@@ -230,24 +237,60 @@ def decode(weights: Mixtral | Prepared, cache: Cache, token_B, active_B):
     Returns:
         logits_BV float32 of each row's next token, and the Cache with this token in it.
     """
-    c = weights.config
-    at_B = cache.length_B
-    rope = rope_table(at_B[:, None], c.head_dim, c.rope_theta)
-    x_B1D = _embed(weights, token_B[:, None])
-    active_B1 = active_B[:, None].astype(jnp.int32)
+    in_parts = isinstance(weights, Prepared) and jax.default_backend() == "cpu" and token_B.shape[0] > FEW_ROWS
+    return (_decode if in_parts else _decode_at_once)(weights, cache, token_B, active_B)
 
-    def body(x_B1D, inputs):
-        block, separate, keys_values = inputs
-        slots = attention.Slots(*keys_values, at_B)
-        x_B1D, _, keys_values = block(x_B1D, rope, active_B1, at_B[:, None], slots, separate)
-        return x_B1D, tuple(constrain(a, "BSGH") for a in keys_values)
 
-    if isinstance(weights, Mixtral):
-        x_B1D, keys_values = scan_layers(body, x_B1D, (weights.layers, None, cache.keys_values), c)
+def _decode(weights: Mixtral | Prepared, cache: Cache, token_B, active_B):
+    stacked = isinstance(weights, Mixtral)
+    ends = weights if stacked else dataclasses.replace(weights, blocks=[], slots=[])
+    x_B1D, places, length_B = _begin_token(ends, cache.length_B, token_B, active_B)
+    k, v = cache.keys_values
+    if stacked:
+
+        def body(x_B1D, inputs):
+            return _decode_layer(*inputs, x_B1D, places)
+
+        x_B1D, keys_values = scan_layers(body, x_B1D, (weights.layers, None, k, v), weights.config)
     else:
-        layers = []
-        for inputs in zip(weights.blocks, weights.slots, zip(*cache.keys_values, strict=True), strict=True):
-            x_B1D, layer = body(x_B1D, inputs)
-            layers.append(layer)
-        keys_values = tuple(map(list, zip(*layers, strict=True)))
-    return _logits(weights, x_B1D[:, 0]), Cache(keys_values, at_B + active_B)
+        keys_values = ([], [])
+        for i in range(0, len(k), LAYERS_TOGETHER):
+            part = slice(i, i + LAYERS_TOGETHER)
+            layers = (weights.blocks[part], weights.slots[part], k[part], v[part])
+            x_B1D, written = _decode_layers(*layers, x_B1D, places)
+            for all_layers, new in zip(keys_values, written, strict=True):
+                all_layers.extend(new)
+    return _token_logits(ends, x_B1D), Cache(keys_values, length_B)
+
+
+_decode_at_once = jax.jit(_decode, donate_argnames="cache")
+
+
+@jax.jit
+def _begin_token(weights: Mixtral | Prepared, at_B, token_B, active_B):
+    """The embedded tokens x_B1D; the places that every layer needs; and the rows' lengths after this token."""
+    rope = rope_table(at_B[:, None], weights.config.head_dim, weights.config.rope_theta)
+    places = (rope, active_B[:, None].astype(jnp.int32), at_B)
+    return _embed(weights, token_B[:, None]), places, at_B + active_B
+
+
+@functools.partial(jax.jit, donate_argnames=("k", "v", "x_B1D"))
+def _decode_layers(blocks: list[Block], slots: list, k: list, v: list, x_B1D, places):
+    """Some layers, one after the other: x_B1D, and their keys and values with this token's."""
+    keys_values = []
+    for layer in zip(blocks, slots, k, v, strict=True):
+        x_B1D, written = _decode_layer(*layer, x_B1D, places)
+        keys_values.append(written)
+    return x_B1D, tuple(map(list, zip(*keys_values, strict=True)))
+
+
+def _decode_layer(block: Block, separate, k_BSGH, v_BSGH, x_B1D, places):
+    rope, active_B1, at_B = places
+    slots = attention.Slots(k_BSGH, v_BSGH, at_B)
+    x_B1D, _, keys_values = block(x_B1D, rope, active_B1, at_B[:, None], slots, separate)
+    return x_B1D, tuple(constrain(a, "BSGH") for a in keys_values)
+
+
+@jax.jit
+def _token_logits(weights: Mixtral | Prepared, x_B1D):
+    return _logits(weights, x_B1D[:, 0])

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from mixtral_jax import backends
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.kernels import BACKENDS, picked, separate
+from mixtral_jax.kernels import BACKENDS, separate
 from mixtral_jax.kernels.adapters import ExpertAdapters, grouped_swiglu_lora
 from mixtral_jax.kernels.blocks import Stacks
 from mixtral_jax.models import dispatch
@@ -302,6 +302,8 @@ def stacked_experts(x_BTD, gates_BTK, index_BTK, weights: Stacked, config: Model
     b, t, d = x_BTD.shape
     if b * t > separate.FEW_ROWS:
         return local_experts(x_BTD, gates_BTK, index_BTK, *weights, config)
+    from mixtral_jax.kernels import picked  # a GPU's kernels, which take time to import
+
     index_NK = index_BTK.reshape(b * t, -1)
     out_ND = picked.swiglu(x_BTD.reshape(b * t, d), gates_BTK.reshape(b * t, -1), index_NK, *weights)
     return out_ND.reshape(b, t, d), (index_NK < weights.w_gate_EDF.shape[0]).sum(dtype=jnp.int32)

@@ -94,12 +94,17 @@ def test_weights_read_out_of_all_layers_stacks_equal_those_given():
         assert_same(both(x, elsewhere, stacks, keep), want)
 
 
-@pytest.mark.parametrize("block", [512, 256, 64, 96, 8, 7, 1])
-def test_blocks_cover_all_rows_and_less_than_one_smallest_block_more(block):
+@pytest.mark.parametrize("sizes_of", [blocks.rungs, blocks.quarters])
+@pytest.mark.parametrize("block", [512, 256, 64, 96, 160, 48, 8, 7, 1])
+def test_blocks_cover_all_rows_and_less_than_one_smallest_block_more(block, sizes_of):
     """Each row once, in order, whatever the number of rows."""
-    rungs = blocks.rungs(block)
-    assert rungs[0] == block
-    assert all(rows % rungs[-1] == 0 for rows in rungs)
+    sizes = sizes_of(block)
+    assert sizes[0] == block
+    assert sizes == sorted(set(sizes), reverse=True)
+    assert all(rows % sizes[-1] == 0 for rows in sizes)
+    assert (
+        block <= blocks.SMALLEST or block % blocks.SMALLEST or sizes_of is blocks.rungs or sizes[-1] == blocks.SMALLEST
+    )
 
     @jax.jit
     def covered(size):
@@ -107,12 +112,12 @@ def test_blocks_cover_all_rows_and_less_than_one_smallest_block_more(block):
             in_order, end = carry
             return in_order & (first == end), first + rows
 
-        return blocks.over_blocks(size, block, one_block, (True, 0))
+        return blocks.over_blocks(size, sizes, one_block, (True, 0))
 
     for size in (0, 1, 5, 31, 32, 33, 353, 511, 512, 513, 1100):
         in_order, end = covered(jnp.int32(size))
         assert in_order
-        assert size <= end < size + rungs[-1]
+        assert size <= end < size + sizes[-1]
 
 
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS.keys())

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from mixtral_jax import backends
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.models.attention import chunked, cudnn, plain, splash
+from mixtral_jax.models.attention import chunked, cudnn, plain
 from mixtral_jax.models.attention.plain import Places, visible
 from mixtral_jax.sharding import act_spec, unzigzag, zigzag
 
@@ -75,7 +75,11 @@ def self_attend(q_BTNH, k_BTGH, v_BTGH, segment_ids_BT, positions_BT, config: Mo
     t = q_BTNH.shape[1]
     name = backends.attention(config, t, context)
     index_CT = jnp.asarray(zigzag(t, context).reshape(context, t // context))
-    operand = splash.masks(t, context, config.sliding_window) if name == "splash" else None
+    operand = None
+    if name == "splash":
+        from mixtral_jax.models.attention import splash  # the TPU's kernels take time to import
+
+        operand = splash.masks(t, context, config.sliding_window)
 
     def local(q_btnh, k_btgh, v_btgh, segment_ids_bt, positions_bt, operand):
         queries = Places(segment_ids_bt, positions_bt, index_CT[0])
