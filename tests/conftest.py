@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import subprocess
+from pathlib import Path
 
 # Nearly all of the suite's time is compilation, so LLVM optimises nothing here; the programs stay the same.
 os.environ["XLA_FLAGS"] = (
@@ -33,6 +34,18 @@ def pytest_runtest_setup(item):
     """What needs a GPU says so where there is none; by default it is not collected at all."""
     if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
         pytest.skip(f"needs a GPU, and jax {jax.__version__} runs on {jax.devices()[0].device_kind} here")
+
+
+MAPPINGS = 20_000  # of the 65,530 that Linux allows a process
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """Drops what was compiled when there is much of it: each program maps memory of its own, and a failed mapping crashes XLA."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_text().count("\n") > MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture
