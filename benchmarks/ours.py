@@ -21,6 +21,7 @@ from benchmarks.worker import Run, documents_of, tokens
 from configs.common import base, shrink
 from mixtral_jax.config import Config, from_config_dict, resolve_mesh
 from mixtral_jax.data import Batches, TokenFile, pack
+from mixtral_jax.generate.sampling import largest
 from mixtral_jax.kernels import BACKENDS
 from mixtral_jax.metrics import device_peak_flops
 from mixtral_jax.models import mixtral
@@ -215,9 +216,7 @@ def prefill_case(candidate: str, shape: dict) -> Run:
     return lambda: jax.block_until_ready(prefill(weights, ids, lengths, ids.shape[1])[0])
 
 
-@jax.jit
-def _greedy(logits_BV):
-    return logits_BV.argmax(-1).astype(np.int32)
+_greedy = jax.jit(largest)
 
 
 @functools.partial(jax.jit, static_argnames="steps")
@@ -227,7 +226,7 @@ def _loop(weights, cache: Cache, token_B, active_B, steps: int):
     def one(carry, _):
         cache, token_B = carry
         logits_BV, cache = decode(weights, cache, token_B, active_B)
-        token_B = logits_BV.argmax(-1).astype(token_B.dtype)
+        token_B = largest(logits_BV)
         return (cache, token_B), token_B
 
     return jax.lax.scan(one, (cache, token_B), length=steps)[1]

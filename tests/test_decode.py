@@ -90,21 +90,33 @@ def test_cached_logits_equal_the_full_forward_at_every_step(name, form, rows):
     assert name != "window_top3" or config.model.sliding_window < width, "the window must have something to hide"
 
 
-@pytest.mark.parametrize("together", [1, 2, 4, 8])
-def test_decoding_some_layers_at_a_time_equals_the_full_forward(monkeypatch, together):
+# 3 rows are multiplied by Eigen, 9 by XLA's own choice (models/decode.py:EIGEN_ROWS).
+@pytest.mark.parametrize(("together", "rows"), [(1, 3), (2, 3), (4, 3), (8, 3), (4, 9)])
+def test_decoding_some_layers_at_a_time_equals_the_full_forward(monkeypatch, together, rows):
     """5 layers, in programs of so many; the last has fewer. Keys and values are overwritten where they are, without a copy."""
     monkeypatch.setattr("mixtral_jax.models.decode.LAYERS_TOGETHER", together)
     config = tiny(model__num_layers=5)
     model = mixtral.init(config.model, jax.random.key(0))
-    texts = random_rows(config.model.vocab_size, (10,) * 3)
+    texts = random_rows(config.model.vocab_size, (10,) * rows)
     want, prepared = full_logits(model, texts, 10), prepare(model)
-    _, cache = prefill(prepared, np.asarray(texts, np.int32)[:, :6], np.full(3, 6, np.int32), 10)
+    _, cache = prefill(prepared, np.asarray(texts, np.int32)[:, :6], np.full(rows, 6, np.int32), 10)
     for at in range(6, 10):
         held = cache
-        logits, cache = decode(prepared, held, np.asarray(texts, np.int32)[:, at], np.ones(3, bool))
+        logits, cache = decode(prepared, held, np.asarray(texts, np.int32)[:, at], np.ones(rows, bool))
         np.testing.assert_allclose(logits, want[:, at], rtol=0, atol=1e-5)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(held.keys_values))
     assert [len(part) for part in cache.keys_values] == [5, 5]
+
+
+def test_decoding_inside_a_callers_jit_is_part_of_its_program():
+    """Where parts with options of their own for the compiler cannot be; jax refuses those in a trace."""
+    config = tiny()
+    prepared = prepare(mixtral.init(config.model, jax.random.key(0)))
+    texts = np.asarray(random_rows(config.model.vocab_size, (8,) * 3), np.int32)
+    _, cache = prefill(prepared, texts[:, :7], np.full(3, 7, np.int32), 8)
+    inside, _ = jax.jit(decode)(prepared, cache, texts[:, 7], np.ones(3, bool))
+    outside, _ = decode(prepared, cache, texts[:, 7], np.ones(3, bool))
+    np.testing.assert_allclose(inside, outside, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -9,7 +9,7 @@ import pytest
 from mixtral_jax.config import UserError
 from mixtral_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, train_sentencepiece
 from mixtral_jax.generate import Sampling, engine, generate, stream
-from mixtral_jax.generate.sampling import choose, filtered, row_keys
+from mixtral_jax.generate.sampling import choose, filtered, largest, row_keys
 from mixtral_jax.generate.text import TextStream
 from tests.test_decode import byte_model
 
@@ -24,6 +24,14 @@ FILTERS = {
     "min_p": dict(temperature=1.0, min_p=0.1),
     "all": dict(temperature=0.9, top_k=6, top_p=0.9, min_p=0.2),
 }
+
+
+def test_the_largest_is_what_numpy_finds():
+    """The first of equals, minus infinity alone, and a NaN before all."""
+    rows = np.random.default_rng(0).integers(-5, 5, (64, 300)).astype(np.float32)
+    rows[1], rows[2, 40:] = -np.inf, -np.inf
+    rows[3, [70, 90]], rows[4, 299], rows[5, 0] = np.nan, np.nan, np.inf
+    np.testing.assert_array_equal(largest(rows), rows.argmax(-1))
 
 
 def reference(logits: np.ndarray, s: Sampling) -> np.ndarray:
