@@ -1,6 +1,7 @@
 """Generation: the cached path against full forwards, meshes against one device, batches against single rows, and transformers."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from mixtral_jax.data.tokenizer import ByteTokenizer
 from mixtral_jax.generate import Sampling, generate, sample
 from mixtral_jax.generate.__main__ import main
 from mixtral_jax.generate.engine import steps
+from mixtral_jax.models import decode as decode_module
 from mixtral_jax.models import lora, mixtral
 from mixtral_jax.models.decode import _lies_ready, decode, prefill, prepare
 from mixtral_jax.workdir import store_run
@@ -90,22 +92,36 @@ def test_cached_logits_equal_the_full_forward_at_every_step(name, form, rows):
     assert name != "window_top3" or config.model.sliding_window < width, "the window must have something to hide"
 
 
-# 3 rows are multiplied by Eigen, 9 by XLA's own choice (models/decode.py:EIGEN_ROWS).
-@pytest.mark.parametrize(("together", "rows"), [(1, 3), (2, 3), (4, 3), (8, 3), (4, 9)])
-def test_decoding_some_layers_at_a_time_equals_the_full_forward(monkeypatch, together, rows):
+# 3 rows are multiplied by Eigen; 9 rows, or more than 1,024 positions, by XLA's own choice (models/decode.py:EIGEN_ROWS).
+@pytest.mark.parametrize(
+    ("together", "rows", "size"), [(1, 3, 10), (2, 3, 10), (4, 3, 10), (8, 3, 10), (4, 9, 10), (4, 3, 1025)]
+)
+def test_decoding_some_layers_at_a_time_equals_the_full_forward(monkeypatch, together, rows, size):
     """5 layers, in programs of so many; the last has fewer. Keys and values are overwritten where they are, without a copy."""
     monkeypatch.setattr("mixtral_jax.models.decode.LAYERS_TOGETHER", together)
     config = tiny(model__num_layers=5)
     model = mixtral.init(config.model, jax.random.key(0))
     texts = random_rows(config.model.vocab_size, (10,) * rows)
     want, prepared = full_logits(model, texts, 10), prepare(model)
-    _, cache = prefill(prepared, np.asarray(texts, np.int32)[:, :6], np.full(rows, 6, np.int32), 10)
+    _, cache = prefill(prepared, np.asarray(texts, np.int32)[:, :6], np.full(rows, 6, np.int32), size)
     for at in range(6, 10):
         held = cache
         logits, cache = decode(prepared, held, np.asarray(texts, np.int32)[:, at], np.ones(rows, bool))
         np.testing.assert_allclose(logits, want[:, at], rtol=0, atol=1e-5)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(held.keys_values))
     assert [len(part) for part in cache.keys_values] == [5, 5]
+
+
+def test_a_step_does_not_copy_the_cache():
+    """XLA:CPU turns a cache that has its axes in another order than the products, whole, at every step."""
+    config = tiny()
+    prepared = prepare(mixtral.init(config.model, jax.random.key(0)))
+    rows, size, g, h = 3, 37, config.model.num_kv_heads, config.model.head_dim
+    _, cache = prefill(prepared, np.ones((rows, 8), np.int32), np.full(rows, 8, np.int32), size)
+    step = decode_module._decode_at_once.lower(prepared, cache, np.ones(rows, np.int32), np.ones(rows, bool)).compile()
+    made = re.findall(rf"%(\S*) = f32\[{rows},{g},(?:{size},{h}|{h},{size})\]", step.as_text())
+    assert made
+    assert not [name for name in made if "copy" in name or "transpose" in name]
 
 
 def test_decoding_inside_a_callers_jit_is_part_of_its_program():

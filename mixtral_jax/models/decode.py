@@ -26,9 +26,9 @@ from mixtral_jax.sharding import constrain, param_spec
 # Of a program that decodes several rows on a CPU. All in one take longer to compile and leave more in memory (for 8 layers and 8
 # rows 0.1 GB); each program that a step consists of costs it half a millisecond.
 LAYERS_TOGETHER = 4
-# Up to so many rows those programs multiply with Eigen: 2 to 5% faster for 4 rows and 7% for 8 than with YNN, XLA's own choice, the
-# same for 16 and slower for more.
-EIGEN_ROWS = 8
+# Up to so many rows and positions those programs multiply with Eigen: 2 to 5% faster for 4 rows and 7% for 8 than with YNN, XLA's own
+# choice; the same for 16 rows and slower for more, and slower for attention (2,048 positions: a step takes a seventh longer).
+EIGEN_ROWS, EIGEN_POSITIONS = 8, 1024
 
 
 @jax.tree_util.register_dataclass
@@ -54,7 +54,7 @@ class Prepared:
 class Cache:
     """Keys and values of all layers, and how many tokens each row has. B over the batch axes, G over `tensor`."""
 
-    keys_values: Any  # (k, v), each [L, B, S, G, H] for a Mixtral and a list of L arrays [B, S, G, H] for Prepared
+    keys_values: Any  # (k, v), each [L, B, G, S, H] for a Mixtral and a list of L arrays [B, G, S, H] for Prepared
     length_B: jax.Array  # int32
 
 
@@ -212,11 +212,11 @@ def _begin(weights: Mixtral | Prepared, tokens_BT, length_B):
 
 @functools.partial(jax.jit, static_argnames="size", donate_argnames="x_BTD")
 def _prefill_layer(block: Block, separate, x_BTD, rope, segment_ids_BT, positions_BT, size: int):
-    """One layer: x_BTD, and its keys and values, each [B, size, G, H]."""
+    """One layer: x_BTD, and its keys and values, each [B, G, size, H]."""
     x_BTD, _, keys_values = block(x_BTD, rope, segment_ids_BT, positions_BT, None, separate)
     # What a row has beyond its own length is never visible, and decode overwrites it.
-    padding = ((0, 0), (0, size - x_BTD.shape[1]), (0, 0), (0, 0))
-    return x_BTD, tuple(constrain(jnp.pad(a, padding), "BSGH") for a in keys_values)
+    padding = ((0, 0), (0, 0), (0, size - x_BTD.shape[1]), (0, 0))
+    return x_BTD, tuple(constrain(jnp.pad(a_BTGH.swapaxes(1, 2), padding), "BGSH") for a_BTGH in keys_values)
 
 
 @jax.jit
@@ -244,7 +244,8 @@ def decode(weights: Mixtral | Prepared, cache: Cache, token_B, active_B):
     in_parts = isinstance(weights, Prepared) and jax.default_backend() == "cpu" and rows > FEW_ROWS
     if not in_parts or isinstance(token_B, jax.core.Tracer):  # a caller's jit is one program anyhow
         return _decode_at_once(weights, cache, token_B, active_B)
-    layers = _layers_by_eigen if rows <= EIGEN_ROWS else _layers_by_default
+    positions = cache.keys_values[0][0].shape[2]
+    layers = _layers_by_eigen if rows <= EIGEN_ROWS and positions <= EIGEN_POSITIONS else _layers_by_default
     return _decode(weights, cache, token_B, active_B, layers)
 
 
@@ -299,11 +300,11 @@ _layers_by_eigen = jax.jit(
 )
 
 
-def _decode_layer(block: Block, separate, k_BSGH, v_BSGH, x_B1D, places):
+def _decode_layer(block: Block, separate, k_BGSH, v_BGSH, x_B1D, places):
     rope, active_B1, at_B = places
-    slots = attention.Slots(k_BSGH, v_BSGH, at_B)
+    slots = attention.Slots(k_BGSH, v_BGSH, at_B)
     x_B1D, _, keys_values = block(x_B1D, rope, active_B1, at_B[:, None], slots, separate)
-    return x_B1D, tuple(constrain(a, "BSGH") for a in keys_values)
+    return x_B1D, tuple(constrain(a, "BGSH") for a in keys_values)
 
 
 @jax.jit

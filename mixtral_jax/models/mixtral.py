@@ -65,7 +65,7 @@ class Block(nnx.Module):
             slots: None attends within x (S is T); attention.Slots attends to the cache and x's one token.
 
         Returns:
-            [B, T, D] in x's dtype, and the keys and values that were attended to, [B, S, G, H] each.
+            [B, T, D] in x's dtype, and the keys and values: x's own, [B, T, G, H] each, or the cache with them, [B, G, S, H].
         """
         dtype = x_BTD.dtype
         q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.w_q_DNH[...].astype(dtype))

@@ -26,30 +26,33 @@ BACKENDS = {"plain": plain.attend, "chunked": chunked.attend, "cudnn": cudnn.att
 
 
 class Slots(NamedTuple):
-    """One layer's keys and values of earlier tokens, and where the next token of each row goes."""
+    """One layer's keys and values of earlier tokens, and where the next token of each row goes.
 
-    k_BSGH: jax.Array  # in the compute dtype, rotated
-    v_BSGH: jax.Array
+    G before S, as a step multiplies them: in the other order XLA:CPU would copy the whole cache at every step.
+    """
+
+    k_BGSH: jax.Array  # in the compute dtype, rotated
+    v_BGSH: jax.Array
     at_B: jax.Array  # int32, the position of each row's next token
 
 
 def append(slots: Slots, k_BTGH, v_BTGH) -> tuple[jax.Array, jax.Array]:
-    """Writes one token's key and value (T is 1) at each row's own place; returns k_BSGH, v_BSGH."""
+    """Writes one token's key and value (T is 1) at each row's own place; returns k_BGSH, v_BGSH."""
 
-    def write(row_SGH, new_TGH, at):
-        return lax.dynamic_update_slice(row_SGH, new_TGH, (at, 0, 0))
+    def write(row_GSH, new_TGH, at):
+        return lax.dynamic_update_slice(row_GSH, new_TGH.swapaxes(0, 1), (0, at, 0))
 
     # vmap makes it a scatter with B as a batch dimension, which stays where B is; .at[rows, at] would gather it.
-    return tuple(jax.vmap(write)(old, new, slots.at_B) for old, new in ((slots.k_BSGH, k_BTGH), (slots.v_BSGH, v_BTGH)))
+    return tuple(jax.vmap(write)(old, new, slots.at_B) for old, new in ((slots.k_BGSH, k_BTGH), (slots.v_BGSH, v_BTGH)))
 
 
-def attend_to_cache(q_BTNH, k_BSGH, v_BSGH, at_B, window: int):
+def attend_to_cache(q_BTNH, k_BGSH, v_BGSH, at_B, window: int):
     """Decoding: one query of each row (T is 1), at position at_B of the row's one document, on keys from position 0."""
-    b, s = k_BSGH.shape[:2]
+    b, _, s, _ = k_BGSH.shape
     queries = Places(jnp.ones((b, 1), jnp.int32), at_B[:, None], jnp.zeros(1, jnp.int32))
     position_S = jnp.arange(s, dtype=jnp.int32)
     keys = Places(jnp.ones((b, s), jnp.int32), jnp.broadcast_to(position_S[None, :], (b, s)), position_S)
-    return plain.attend(q_BTNH, k_BSGH, v_BSGH, queries, keys, window)
+    return plain.attend(q_BTNH, k_BGSH.swapaxes(1, 2), v_BGSH.swapaxes(1, 2), queries, keys, window)
 
 
 def self_attend(q_BTNH, k_BTGH, v_BTGH, segment_ids_BT, positions_BT, config: ModelConfig):
