@@ -2,7 +2,9 @@
 
 import dataclasses
 import os
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 # Nearly all of the suite's time is compilation, so LLVM optimises nothing here; the programs stay the same.
@@ -16,8 +18,28 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Commands that are called within the suite's process would turn it on; what is tested is what is compiled.
-jax.config.update("jax_enable_compilation_cache", False)
+
+FOLDER = "MIXTRAL_JAX_TEST_PROGRAMS"
+
+
+def pytest_configure(config):
+    """What one worker has compiled no worker compiles again: a quarter of the suite's time.
+
+    The folder ends with the run, so that each run compiles everything once. Processes that tests start do not use it. jax writes
+    entries in place: a worker that reads one half-written says so and compiles.
+    """
+    if not hasattr(config, "workerinput"):
+        os.environ[FOLDER] = tempfile.mkdtemp(prefix="programs-")
+    jax.config.update("jax_compilation_cache_dir", os.environ[FOLDER])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry")
+
+
+def pytest_unconfigure(config):
+    """Removes the folder of programs."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ[FOLDER], ignore_errors=True)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -80,7 +80,7 @@ def test_what_fails_is_told_and_stops_nothing(tmp_path, monkeypatch):
     assert found["devices"] == {"error": "no libtpu"}
     assert found["mesh"] == {"error": "no libtpu"}
     assert "error  no libtpu" in env.text(found)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    monkeypatch.setattr(env.compilation_cache, "location", lambda: None)
     assert env.cache() == {"folder": None}
     assert "folder  none" in env.text({"compilation_cache": env.cache()})
 
