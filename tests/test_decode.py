@@ -94,7 +94,8 @@ def test_cached_logits_equal_the_full_forward_at_every_step(name, form, rows):
 
 # 3 rows are multiplied by Eigen; 9 rows, or more than 1,024 positions, by XLA's own choice (models/decode.py:EIGEN_ROWS).
 @pytest.mark.parametrize(
-    ("together", "rows", "size"), [(1, 3, 10), (2, 3, 10), (4, 3, 10), (8, 3, 10), (4, 9, 10), (4, 3, 1025)]
+    ("together", "rows", "size"),
+    [((1, 9), 3, 10), ((2, 9), 3, 10), ((4, 9), 3, 10), ((8, 9), 3, 10), ((9, 2), 9, 10), ((4, 9), 3, 1025)],
 )
 def test_decoding_some_layers_at_a_time_equals_the_full_forward(monkeypatch, together, rows, size):
     """5 layers, in programs of so many; the last has fewer. Keys and values are overwritten where they are, without a copy."""
@@ -104,12 +105,20 @@ def test_decoding_some_layers_at_a_time_equals_the_full_forward(monkeypatch, tog
     texts = random_rows(config.model.vocab_size, (10,) * rows)
     want, prepared = full_logits(model, texts, 10), prepare(model)
     _, cache = prefill(prepared, np.asarray(texts, np.int32)[:, :6], np.full(rows, 6, np.int32), size)
+    calls = []
+    for name in ("_layers_by_eigen", "_layers_by_default"):
+        by = getattr(decode_module, name)
+        monkeypatch.setattr(
+            decode_module, name, lambda blocks, *rest, by=by: calls.append(len(blocks)) or by(blocks, *rest)
+        )
     for at in range(6, 10):
         held = cache
         logits, cache = decode(prepared, held, np.asarray(texts, np.int32)[:, at], np.ones(rows, bool))
         np.testing.assert_allclose(logits, want[:, at], rtol=0, atol=1e-5)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(held.keys_values))
     assert [len(part) for part in cache.keys_values] == [5, 5]
+    assert max(calls) == min(together[rows > decode_module.EIGEN_ROWS], 5)
+    assert sum(calls) == 4 * 5
 
 
 def test_a_step_does_not_copy_the_cache():

@@ -23,9 +23,10 @@ from mixtral_jax.models.mixtral import Block, Mixtral, scan_layers
 from mixtral_jax.models.moe import WEIGHTS, Stacked, separate_spec
 from mixtral_jax.sharding import constrain, param_spec
 
-# Of a program that decodes several rows on a CPU. All in one take longer to compile and leave more in memory (for 8 layers and 8
-# rows 0.1 GB); each program that a step consists of costs it half a millisecond.
-LAYERS_TOGETHER = 4
+# Of a program that decodes several rows on a CPU: (up to EIGEN_ROWS, more). All in one take longer to compile and leave more in
+# memory (for 8 layers and 8 rows 0.1 GB); each program that a step consists of costs it half a millisecond or one, which is much
+# of a step of few rows. Programs of 2 layers for 32 rows leave 0.05 GB less than programs of 4.
+LAYERS_TOGETHER = 4, 2
 # Up to so many rows and positions those programs multiply with Eigen: 2 to 5% faster for 4 rows and 7% for 8 than with YNN, XLA's own
 # choice; the same for 16 rows and slower for more, and slower for attention (2,048 positions: a step takes a seventh longer).
 EIGEN_ROWS, EIGEN_POSITIONS = 8, 1024
@@ -245,11 +246,15 @@ def decode(weights: Mixtral | Prepared, cache: Cache, token_B, active_B):
     if not in_parts or isinstance(token_B, jax.core.Tracer):  # a caller's jit is one program anyhow
         return _decode_at_once(weights, cache, token_B, active_B)
     positions = cache.keys_values[0][0].shape[2]
-    layers = _layers_by_eigen if rows <= EIGEN_ROWS and positions <= EIGEN_POSITIONS else _layers_by_default
-    return _decode(weights, cache, token_B, active_B, layers)
+    few = rows <= EIGEN_ROWS
+    layers = _layers_by_eigen if few and positions <= EIGEN_POSITIONS else _layers_by_default
+    return _decode(weights, cache, token_B, active_B, layers, LAYERS_TOGETHER[0 if few else 1])
 
 
-def _decode(weights: Mixtral | Prepared, cache: Cache, token_B, active_B, decode_layers=None):
+def _decode(
+    weights: Mixtral | Prepared, cache: Cache, token_B, active_B, decode_layers=None, together: int | None = None
+):
+    """`together` layers at a time by decode_layers; all of them as a part of the caller's program without either."""
     decode_layers = decode_layers or _decode_layers
     stacked = isinstance(weights, Mixtral)
     ends = weights if stacked else dataclasses.replace(weights, blocks=[], slots=[])
@@ -263,8 +268,9 @@ def _decode(weights: Mixtral | Prepared, cache: Cache, token_B, active_B, decode
         x_B1D, keys_values = scan_layers(body, x_B1D, (weights.layers, None, k, v), weights.config)
     else:
         keys_values = ([], [])
-        for i in range(0, len(k), LAYERS_TOGETHER):
-            part = slice(i, i + LAYERS_TOGETHER)
+        together = together or len(k)
+        for i in range(0, len(k), together):
+            part = slice(i, i + together)
             layers = (weights.blocks[part], weights.slots[part], k[part], v[part])
             x_B1D, written = decode_layers(*layers, x_B1D, places)
             for all_layers, new in zip(keys_values, written, strict=True):
